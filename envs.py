@@ -1,0 +1,468 @@
+"""
+The task table, one gymnasium environment per task, open-loop chunk execution, and evaluation (paper, section V-A1).
+
+    import envs
+    env = envs.make_env("lift", seed=0)
+    result = envs.evaluate(policy, "lift", episodes=50, seed=1000)      # policy(obs (1, D), rng) -> chunk (H, A)
+
+Wall time on one core: the first environment 4 s (simulator import), a reset 1 ms, Lift 300 steps/s.
+Shapes: D observation, A action, H chunk, T steps of an episode, E evaluation episodes.
+Not here: policies, replay, demonstrations, training seeds. Nothing is ever padded or auto-reset. The size of Lift's
+cube and the other quantities that robosuite draws while it builds a model are those of one fixed model, so that an
+episode is a function of its seed alone; positions, angles and the arm's first pose vary with the seed.
+"""
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import signal
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Callable, NamedTuple
+
+import gymnasium
+import numpy as np
+
+NO_OPENGL = (
+    "cannot render, OpenGL did not start ({}); training and evaluation need none, "
+    "for videos install a software renderer: apt-get install libegl1 libgl1-mesa-dri"
+)
+ROBOMIMIC_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the task table. `paper` and `cpu` hold what the training scripts change for this task."""
+
+    name: str
+    suite: str  # which builder in SUITES makes the environment
+    env_name: str  # the suite's own name
+    obs_dim: int
+    action_dim: int
+    episode_limit: int  # steps after which an episode is truncated
+    obs_keys: tuple[str, ...]  # in robomimic's names and order
+    obs_sizes: tuple[int, ...]
+    description: str
+    paper: dict = field(default_factory=dict)
+    cpu: dict = field(default_factory=dict)
+
+    def reward(self, success: bool) -> float:
+        """The one reward function: rollouts, demonstrations and replayed files are all labelled by it."""
+        return 1.0 if success else 0.0
+
+
+def _robosuite_task(name, env_name, object_size, episode_limit, description) -> Task:
+    sizes = (3, 4, 2, object_size)
+    return Task(name, "robosuite", env_name, sum(sizes), 7, episode_limit, ROBOMIMIC_KEYS, sizes, description)
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _robosuite_task("lift", "Lift", 10, 300, "a Panda arm lifts a cube 4 cm off the table"),
+        _robosuite_task("can", "PickPlaceCan", 14, 300, "a Panda arm puts a can into its bin"),
+        _robosuite_task("square", "NutAssemblySquare", 14, 400, "a Panda arm puts a square nut on its peg"),
+    )
+}
+
+
+# What every task of a preset shares. paper: Sec. V-A1 and Tables II-III, `Args` of the training scripts hold those values
+# already. cpu (ours): the same method with less work, so that two cores finish in minutes.
+PRESETS = {
+    "paper": {},
+    "cpu": dict(hidden=256, layers=3, batch_size=128, num_candidates=16, pretrain_steps=5000, warmup_steps=1000,
+                online_steps=15_000, eval_every=3000, eval_episodes=50, episode_limit=150, reward_offset=-0.01,
+                capacity=100_000, threads=1, log_every=250, save_every=2500, clip=0.3),
+}
+
+
+def settings(task: str, preset: str) -> dict[str, Any]:
+    """The hyperparameters of a task under a preset ("paper" or "cpu"), as the training scripts' arguments."""
+    row = get_task(task)
+    return {"episode_limit": row.episode_limit} | PRESETS[preset] | getattr(row, preset)
+
+
+def get_task(task: str | Task) -> Task:
+    if isinstance(task, Task):
+        return task
+    if task not in TASKS:
+        raise ValueError(f"unknown task '{task}'; tasks: {', '.join(TASKS)}")
+    return TASKS[task]
+
+
+# ---------------------------------------------------------------------------------------------- robosuite
+def _import_robosuite(render: bool):
+    """Imports robosuite without its start-up warnings and without a display, unless something is to be drawn."""
+    if render:
+        from ctypes.util import find_library
+
+        if os.environ.get("MUJOCO_GL") not in ("egl", "osmesa"):
+            os.environ["MUJOCO_GL"] = "egl" if find_library("EGL") else "osmesa"
+    else:
+        os.environ.setdefault("MUJOCO_GL", "disable")
+    chosen = os.environ["MUJOCO_GL"]
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        import robosuite
+    except ModuleNotFoundError as error:
+        raise ImportError(f"robosuite tasks need the simulator ({error}): pip install -r requirements.txt") from error
+    except Exception as error:
+        if not render:
+            raise
+        raise RuntimeError(NO_OPENGL.format(error)) from error
+    finally:
+        logging.disable(previous)
+        os.environ["MUJOCO_GL"] = chosen  # robosuite overwrites it with egl, which worker processes would inherit
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    return robosuite
+
+
+def _robosuite_kwargs(robosuite, task: Task, env_args: dict | None) -> tuple[str, dict]:
+    """The simulator's arguments: those of the demonstrations' file if it has any, robomimic's world otherwise."""
+    if env_args is None:
+        body = robosuite.load_composite_controller_config(controller="BASIC")["body_parts"]["right"]
+        controller = {"type": "BASIC", "body_parts": {"right": {**body, "input_ref_frame": "world"}}}
+        return task.env_name, {"robots": "Panda", "controller_configs": controller, "control_freq": 20}
+    if env_args.get("env_name") != task.env_name:
+        raise ValueError(f"task '{task.name}' is {task.env_name}, but these env_args are for {env_args.get('env_name')}")
+    version = str(env_args.get("env_version", ""))
+    if version.split(".")[:2] != robosuite.__version__.split(".")[:2]:
+        raise ValueError(
+            f"the data was recorded with robosuite {version or 'unknown'}, installed is {robosuite.__version__}; "
+            f"the controllers differ: pip install robosuite=={version or '1.5.2'}"
+        )
+    return task.env_name, dict(env_args["env_kwargs"])
+
+
+class RobosuiteEnv(gymnasium.Env):
+    """
+    A robosuite task with robomimic's low-dimensional observation. Terminates at the first success, truncates at the
+    limit. An episode is a function of (its reset seed, its actions): bitwise, in a fresh environment or a used one.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(self, task: Task, seed=None, render_mode=None, episode_limit=None, env_args=None):
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode is None or 'rgb_array', got {render_mode!r}")
+        self.task, self.render_mode = task, render_mode
+        self.episode_limit = task.episode_limit if episode_limit is None else int(episode_limit)
+        if self.episode_limit < 1:
+            raise ValueError(f"episode_limit must be at least 1, got {episode_limit}")
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (task.obs_dim,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (task.action_dim,), np.float32)
+        self._first_seed, self.episode_seed, self.steps = seed, None, 0
+        robosuite = _import_robosuite(render_mode is not None)
+        name, kwargs = _robosuite_kwargs(robosuite, task, env_args)
+        kwargs.update(
+            has_renderer=False, has_offscreen_renderer=render_mode is not None, use_camera_obs=False,
+            use_object_obs=True, reward_shaping=False, ignore_done=True,
+            hard_reset=False,  # a hard reset rebuilds the model: 0.15 s instead of 1 ms
+            seed=0,  # of the model only (see the header); reset() seeds the episodes
+        )
+        try:
+            self.simulator = robosuite.make(name, **kwargs)
+        except Exception as error:
+            if render_mode is None:
+                raise
+            raise RuntimeError(NO_OPENGL.format(error)) from error
+        self.env_args = {"env_name": name, "type": 1, "env_version": robosuite.__version__, "env_kwargs": kwargs}
+        self._read_sensors_once_per_step()
+
+    def _read_sensors_once_per_step(self) -> None:
+        # robosuite polls all its sensors at each of the 25 physics steps of an action and keeps the last reading.
+        # Reading only ours, only then, gives bitwise the same observation at up to twice the speed.
+        simulator, wanted = self.simulator, set(self.task.obs_keys)
+        for name, observable in simulator._observables.items():
+            if name not in wanted and observable.modality != "object":
+                observable.set_enabled(False)
+        read = simulator._update_observables
+        simulator._update_observables = lambda force=False: read(force=True) if force else None
+
+    def _observation(self, readings: dict) -> np.ndarray:
+        parts = [readings["object-state" if key == "object" else key] for key in self.task.obs_keys]
+        return np.concatenate(parts).astype(np.float32)  # (D,)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is None:
+            seed, self._first_seed = self._first_seed, None
+        super().reset(seed=seed)
+        self.episode_seed = int(self.np_random.integers(2**31)) if seed is None else int(seed)
+        generator = np.random.default_rng(self.episode_seed)
+        self.simulator.rng = generator  # draws the arm's first pose
+        placement = self.simulator.placement_initializer
+        for sampler in (placement, *getattr(placement, "samplers", {}).values()):
+            sampler.rng = generator  # robosuite gave each sampler its own reference when it built the model
+        self.steps = 0
+        return self._observation(self.simulator.reset()), {"success": False}
+
+    def step(self, action):
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != self.action_space.shape:
+            raise ValueError(f"task '{self.task.name}' takes actions of {self.action_space.shape}, got {action.shape}")
+        if not np.isfinite(action).all():
+            raise ValueError(f"action has non-finite values at step {self.steps}: {action}; check the policy's output")
+        self.simulator.step(np.clip(action, -1.0, 1.0))
+        self.steps += 1
+        observation = self._observation(self.simulator._get_observations(force_update=True))
+        success = bool(self.simulator._check_success())
+        truncated = self.steps >= self.episode_limit and not success
+        return observation, self.task.reward(success), success, truncated, {"success": success}
+
+    def render(self):
+        if self.render_mode is None:
+            raise RuntimeError("this environment draws nothing; use make_env(task, seed, render_mode='rgb_array')")
+        return self.simulator.sim.render(camera_name="agentview", width=512, height=512)[::-1]
+
+    def close(self):
+        self.simulator.close()
+
+
+SUITES: dict[str, Callable[..., gymnasium.Env]] = {"robosuite": RobosuiteEnv}
+
+
+def make_env(task, seed=None, render_mode=None, episode_limit=None, env_args=None) -> gymnasium.Env:
+    """`seed` is that of the first reset(); `env_args` is the JSON dictionary of a robomimic file, if data comes from one."""
+    task = get_task(task)
+    return SUITES[task.suite](task, seed, render_mode, episode_limit, env_args)
+
+
+# --------------------------------------------------------------------------------------- chunks, open loop
+class Transition(NamedTuple):
+    obs: np.ndarray
+    action: np.ndarray
+    reward: float
+    next_obs: np.ndarray
+    terminated: bool
+    truncated: bool
+    success: bool
+
+
+class ChunkRunner:
+    """Executes chunks open loop and holds the only queue of pending actions. act: obs (D,) -> chunk (H, A)."""
+
+    def __init__(self, env: gymnasium.Env, act: Callable[[np.ndarray], np.ndarray]):
+        self.env, self.act = env, act
+        self.obs, self.seed, self.ended = None, None, True
+        self._queue: list[np.ndarray] = []
+        self._actions: list[np.ndarray] = []
+
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        self._queue, self._actions = [], []  # what is left of an old chunk belongs to another state
+        self.obs, _ = self.env.reset(seed=seed)
+        self.seed, self.ended = self.env.unwrapped.episode_seed, False
+        return self.obs
+
+    def step(self) -> Transition:
+        if self.ended:
+            raise RuntimeError("the episode has ended or has not begun: call ChunkRunner.reset(seed) before step()")
+        if not self._queue:
+            chunk = np.asarray(self.act(self.obs), dtype=np.float32)  # (H, A)
+            if chunk.ndim != 2 or chunk.shape[0] < 1 or chunk.shape[1:] != self.env.action_space.shape:
+                raise ValueError(f"a chunk is (H, {self.env.action_space.shape[0]}), the policy returned {chunk.shape}")
+            self._queue = list(chunk.copy())
+        return self._execute(self._queue.pop(0))
+
+    def _execute(self, action: np.ndarray) -> Transition:
+        obs = self.obs
+        self.obs, reward, terminated, truncated, info = self.env.step(action)
+        self._actions.append(action)
+        self.ended = terminated or truncated
+        return Transition(obs, action, reward, self.obs, terminated, truncated, info["success"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The simulator is deterministic, so the seed and the actions are its state: no solver internals are saved."""
+        shape = (-1, *self.env.action_space.shape)
+        actions = np.array(self._actions, np.float32).reshape(shape)  # (T, A)
+        pending = np.array(self._queue, np.float32).reshape(shape)  # (k, A)
+        return {"seed": self.seed, "actions": actions, "pending": pending}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["seed"] is None:  # saved before the first reset
+            self.obs, self.seed, self.ended, self._queue, self._actions = None, None, True, [], []
+            return
+        self.reset(int(state["seed"]))
+        for action in np.asarray(state["actions"], np.float32):
+            self._execute(action)
+        self._queue = list(np.array(state["pending"], np.float32))
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+@dataclass(frozen=True)
+class EvalResult:
+    """One entry per episode, in the order of the seeds."""
+
+    seed: np.ndarray  # (E,)
+    success: np.ndarray  # (E,) bool
+    length: np.ndarray  # (E,) steps
+    episode_return: np.ndarray  # (E,) undiscounted
+
+    @property
+    def success_rate(self) -> float:
+        return float(self.success.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% Wilson interval of the success rate; unlike the normal one it is right at 0% and 100%."""
+        z, n, p = 1.959964, len(self.success), self.success_rate
+        centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+        return max(0.0, float(low)), min(1.0, float(high))
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.success_rate:.0f}% [{100 * low:.0f}, {100 * high:.0f}] of {len(self.success)}"
+
+
+@contextlib.contextmanager
+def _one_thread():
+    """Batch-1 policies are faster on one thread, and give bitwise the same actions however many workers there are."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_episode(policy, env: gymnasium.Env, seed: int, on_step: Callable | None = None) -> tuple[int, bool, int, float]:
+    """One full episode. The policy's generator is the episode's own, so episodes can be spread over processes."""
+    generator = np.random.default_rng([seed, 1])  # [seed, 1]: not the stream that places the objects
+    runner = ChunkRunner(env, lambda obs: policy(obs[None], generator))
+    runner.reset(seed)
+    length, episode_return, success = 0, 0.0, False
+    while not runner.ended:
+        step = runner.step()
+        length, episode_return, success = length + 1, episode_return + step.reward, success or step.success
+        if on_step is not None:
+            on_step(step)
+    return seed, success, length, episode_return
+
+
+def _result(rows) -> EvalResult:
+    seed, success, length, episode_return = zip(*sorted(rows))
+    return EvalResult(np.array(seed), np.array(success, bool), np.array(length), np.array(episode_return, np.float64))
+
+
+def _worker(connection, env_options: dict) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the parent; it closes the pipe, which ends this loop
+    env = policy = None
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            message = connection.recv()
+            try:
+                if isinstance(message, bytes):
+                    policy = pickle.loads(message)  # from our own parent's pipe
+                    continue
+                env = env or make_env(**env_options)
+                with _one_thread():
+                    connection.send(run_episode(policy, env, message))
+            except Exception as error:
+                connection.send(f"{type(error).__name__}: {error}")
+
+
+class Evaluator:
+    """A pool of processes, each with one environment, for repeated evaluation. `workers=1` stays in this process."""
+
+    def __init__(self, task, workers: int = 1, episode_limit: int | None = None, env_args: dict | None = None):
+        self.workers = workers
+        self._options = dict(task=get_task(task), episode_limit=episode_limit, env_args=env_args)
+        self._env, self._pool = None, []
+
+    def run(self, policy, episodes: int, seed: int) -> EvalResult:
+        """Exactly `episodes` full episodes with reset seeds seed, seed + 1, ..."""
+        if episodes < 1:
+            raise ValueError(f"evaluation needs at least one episode, got {episodes}")
+        seeds = list(range(seed, seed + episodes))
+        if self.workers > 1:
+            return _result(self._run_pool(policy, seeds))
+        self._env = self._env or make_env(**self._options)
+        with _one_thread():
+            return _result([run_episode(policy, self._env, one) for one in seeds])
+
+    def _start(self) -> None:
+        from multiprocessing import get_context
+
+        context = get_context("spawn")  # fork would copy torch's locked thread pools
+        for _ in range(self.workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(theirs, self._options), daemon=True)
+            process.start()
+            theirs.close()  # so that a worker's death shows as the end of the pipe
+            self._pool.append((process, ours))
+
+    def _run_pool(self, policy, seeds: list[int]) -> list:
+        from multiprocessing.connection import wait
+
+        payload = pickle.dumps(policy)
+        try:
+            if not self._pool:
+                self._start()
+            waiting, rows, busy = list(seeds), [], {}
+            for process, connection in self._pool[: len(seeds)]:
+                connection.send(payload)
+                connection.send(waiting.pop(0))
+                busy[connection] = process
+            while busy:
+                for connection in wait(list(busy)):
+                    answer = connection.recv()
+                    if isinstance(answer, str):
+                        raise RuntimeError(f"an evaluation worker failed: {answer}")
+                    rows.append(answer)
+                    if waiting:
+                        connection.send(waiting.pop(0))
+                    else:
+                        del busy[connection]
+            return rows
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            self.close()
+            raise RuntimeError(
+                "an evaluation worker died: out of memory (try workers=1), or the main script lacks its "
+                "`if __name__ == '__main__':` guard"
+            ) from error
+        except BaseException:
+            self.close()  # answers to an interrupted call must not be read by the next one
+            raise
+
+    def close(self) -> None:
+        for process, connection in self._pool:
+            connection.close()
+            process.terminate()
+            process.join()
+        self._pool = []
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def evaluate(policy, task, episodes, seed, workers=1, episode_limit=None, env_args=None) -> EvalResult:
+    """policy(obs (1, D) float32, rng: np.random.Generator) -> chunk (H, A); with workers > 1 it must be picklable."""
+    with Evaluator(task, workers, episode_limit, env_args) as evaluator:
+        return evaluator.run(policy, episodes, seed)
+
+
+def record(policy, task, path, episodes=1, seed=0, episode_limit=None, env_args=None) -> None:
+    """Writes an mp4 of full episodes."""
+    try:
+        import imageio_ffmpeg  # noqa: F401
+        from imageio import get_writer
+    except ImportError as error:
+        raise ImportError("videos need ffmpeg: pip install imageio imageio-ffmpeg") from error
+    env = make_env(task, render_mode="rgb_array", episode_limit=episode_limit, env_args=env_args)
+    with get_writer(path, fps=env.metadata["render_fps"]) as writer, _one_thread():
+        for one in range(seed, seed + episodes):
+            run_episode(policy, env, one, on_step=lambda _: writer.append_data(env.render()))
+    env.close()

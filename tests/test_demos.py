@@ -1,0 +1,209 @@
+"""Demonstrations: the scripted expert, the file format, labels, and files that must be refused."""
+import shutil
+
+import numpy as np
+import pytest
+
+import demos
+import envs
+
+h5py = pytest.importorskip("h5py")
+pytestmark = pytest.mark.sim
+EPISODES = 3
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return demos.collect("lift", EPISODES, seed=1, path=tmp_path_factory.mktemp("demos") / "lift.hdf5", progress=False)
+
+
+@pytest.fixture
+def copy(path, tmp_path):
+    return shutil.copy(path, tmp_path / "copy.hdf5")
+
+
+def test_transitions_are_ready_for_the_replay(path):
+    data, count = demos.load(path, "lift"), len(demos.load(path)["obs"])
+    shapes = {"obs": (19,), "action": (7,), "reward": (), "next_obs": (19,), "terminated": (), "truncated": ()}
+    assert {key: array.shape for key, array in data.items()} == {key: (count, *rest) for key, rest in shapes.items()}
+    assert data["terminated"].sum() == EPISODES == data["reward"].sum() and not data["truncated"].any()
+    assert data["terminated"].dtype == data["truncated"].dtype == bool and data["obs"].dtype == np.float32
+    inside = ~data["terminated"][:-1]
+    assert np.array_equal(data["next_obs"][:-1][inside], data["obs"][1:][inside])
+    assert np.abs(data["action"]).max() <= 1.0
+
+
+def test_labels_are_the_environments_own(path):
+    """Replaying seed and actions gives bitwise the stored observations, rewards and ends."""
+    env, data, row = envs.make_env("lift", env_args=demos.env_args(path)), demos.load(path), 0
+    with h5py.File(path) as file:
+        seeds = [int(file[f"data/demo_{index}"].attrs["seed"]) for index in range(EPISODES)]
+    for seed in seeds:
+        obs, ended = env.reset(seed=seed)[0], False
+        while not ended:
+            assert np.array_equal(obs, data["obs"][row])
+            obs, reward, terminated, truncated, _ = env.step(data["action"][row])
+            assert np.array_equal(obs, data["next_obs"][row])
+            assert (reward, terminated) == (data["reward"][row], data["terminated"][row])
+            ended, row = terminated or truncated, row + 1
+    assert row == len(data["obs"])
+    env.close()
+
+
+def test_states_belong_to_their_observations(path):
+    env = envs.make_env("lift")
+    env.reset(seed=0)
+    with h5py.File(path) as file:
+        demo = file["data/demo_0"]
+        for step in (0, len(demo["states"]) - 1):
+            env.simulator.sim.set_state_from_flattened(demo["states"][step])
+            env.simulator.sim.forward()
+            cube = env.simulator.sim.data.body_xpos[env.simulator.cube_body_id]
+            assert np.allclose(cube, demo["obs/object"][step][:3], atol=2e-3)
+    env.close()
+
+
+def test_collect_depends_on_the_seed_and_not_on_workers(path, tmp_path):
+    again = demos.load(demos.collect("lift", EPISODES, 1, tmp_path / "again.hdf5", workers=2, progress=False))
+    other = demos.load(demos.collect("lift", EPISODES, 2, tmp_path / "other.hdf5", progress=False))
+    first = demos.load(path)
+    assert all(np.array_equal(first[key], again[key]) for key in first)
+    assert not np.array_equal(first["obs"][0], other["obs"][0])
+    assert [one.name for one in tmp_path.iterdir() if one.name.endswith(".part")] == []
+
+
+def test_the_first_episodes_of_a_file_can_be_taken(path):
+    assert demos.load(path, episodes=2)["terminated"].sum() == 2
+    with pytest.raises(ValueError, match="holds 3 demonstrations, 4 were asked for"):
+        demos.load(path, episodes=4)
+
+
+def test_the_expert_varies_and_recovers_from_misses():
+    lengths, misses = [], 0
+    for attempt in range(8):
+        episode = demos._attempt((envs.get_task("lift"), 31, attempt))
+        lengths.append(len(episode["action"]))
+        grip = episode["action"][:, 6]
+        misses += ((grip[:-1] > 0) & (grip[1:] < 0)).any()  # closed on nothing and opened again
+        assert episode["success"][-1]
+    assert misses >= 1 and max(lengths) > 1.5 * min(lengths)
+
+
+def test_a_failed_replacement_leaves_the_old_file(path, copy, monkeypatch):
+    before = open(copy, "rb").read()
+    monkeypatch.setattr("demos.hdf5._save_episode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        demos.save(copy, envs.get_task("lift"), {}, [{"action": [0]}])
+    assert open(copy, "rb").read() == before
+
+
+def test_robomimics_own_dataset_opens_the_file(path):
+    pytest.importorskip("robomimic")
+    import robomimic.utils.obs_utils as obs_utils
+    from robomimic.utils.dataset import SequenceDataset
+
+    keys = list(envs.ROBOMIMIC_KEYS)
+    obs_utils.initialize_obs_utils_with_obs_specs({"obs": {"low_dim": keys}})
+    dataset = SequenceDataset(
+        str(path), obs_keys=keys, dataset_keys=("actions", "rewards", "dones"), seq_length=5, pad_seq_length=True,
+        load_next_obs=True, hdf5_cache_mode=None, filter_by_attribute="train",
+    )
+    data = demos.load(path)
+    assert dataset.n_demos == EPISODES and len(dataset) == len(data["obs"])
+    item = dataset[0]
+    assert np.array_equal(np.concatenate([item["obs"][key] for key in keys], axis=1), data["obs"][:5])
+    assert np.array_equal(np.concatenate([item["next_obs"][key] for key in keys], axis=1), data["next_obs"][:5])
+    assert np.array_equal(item["actions"], data["action"][:5])
+
+
+# ------------------------------------------------------------------------------------ labels of foreign files
+def write(path, rewards, actions=None):
+    """A file as robomimic writes it, with demonstrations of the given rewards."""
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_args"] = '{"env_name": "Lift", "type": 1, "env_kwargs": {"reward_shaping": false}}'
+        for index, reward in enumerate(rewards):
+            group, steps = data.create_group(f"demo_{index}"), len(reward)
+            group["actions"], group["rewards"] = rng.uniform(-1, 1, (steps, 7)), np.array(reward, np.float64)
+            group["dones"] = np.zeros(steps, np.int64)
+            for key, size in zip(envs.TASKS["lift"].obs_keys, envs.TASKS["lift"].obs_sizes):
+                values = rng.normal(size=(steps + 1, size))
+                group[f"obs/{key}"], group[f"next_obs/{key}"] = values[:-1], values[1:]
+    return path
+
+
+def test_the_first_success_ends_a_demonstration_and_a_failure_is_truncated(tmp_path):
+    data = demos.load(write(tmp_path / "a.hdf5", [[0, 0, 1, 1, 1], [0, 0]]), "lift")
+    assert data["reward"].tolist() == [0, 0, 1, 0, 0]
+    assert data["terminated"].tolist() == [False, False, True, False, False]
+    assert data["truncated"].tolist() == [False, False, False, False, True]
+
+
+def test_demonstrations_are_read_in_numerical_order(tmp_path):
+    data = demos.load(write(tmp_path / "a.hdf5", [[0] * (index + 1) for index in range(11)]), "lift")
+    assert np.diff(np.flatnonzero(data["truncated"])).tolist() == list(range(2, 12))
+
+
+# ------------------------------------------------------------------------------------- files to be refused
+def test_a_missing_file_is_refused_with_the_command_that_makes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="python -m demos --task lift"):
+        demos.load(tmp_path / "none.hdf5", "lift")
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.9])
+def test_a_truncated_file_is_refused(copy, keep):
+    content = open(copy, "rb").read()
+    open(copy, "wb").write(content[: int(keep if keep >= 1 else keep * len(content))])
+    with pytest.raises(ValueError, match="copy.hdf5.*not a readable HDF5 file"):
+        demos.load(copy)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "notes.hdf5").write_text("not HDF5 at all")
+    with pytest.raises(ValueError, match="notes.hdf5.*not a readable HDF5 file"):
+        demos.load(tmp_path / "notes.hdf5")
+
+
+def replace(group, key, value):
+    del group[key]
+    group[key] = value
+
+
+SPOILERS = {
+    "no data": (lambda f: f.pop("data"), "key 'data' is missing"),
+    "no env_args": (lambda f: f["data"].attrs.pop("env_args"), "'env_args' of 'data' is missing"),
+    "bad env_args": (lambda f: f["data"].attrs.modify("env_args", "{"), "'env_args' is not JSON"),
+    "another world": (lambda f: f["data"].attrs.modify("env_args", '{"env_name": "Door"}'), "'env_args' is for Door"),
+    "unknown task": (lambda f: f["data"].attrs.modify("task", "lfit"), "unknown task 'lfit'"),
+    "shaped": (
+        lambda f: f["data"].attrs.modify("env_args", '{"env_name": "Lift", "env_kwargs": {"reward_shaping": true}}'),
+        "'rewards' are shaped",
+    ),
+    "no demo": (lambda f: [f["data"].pop(key) for key in list(f["data"])], "holds no demonstration"),
+    "no actions": (lambda f: f["data/demo_1"].pop("actions"), "demo_1: key 'actions' is missing"),
+    "no rewards": (lambda f: f["data/demo_1"].pop("rewards"), "demo_1: key 'rewards' is missing"),
+    "no object": (lambda f: f["data/demo_1/obs"].pop("object"), "demo_1: key 'obs/object' is missing"),
+    "no next": (lambda f: f["data/demo_1"].pop("next_obs"), "demo_1: key 'next_obs/robot0_eef_pos' is missing"),
+    "wide": (lambda f: replace(f["data/demo_0"], "actions", np.zeros((9, 8))), r"'actions' must be \(T, 7\), found"),
+    "can": (lambda f: replace(f["data/demo_0/obs"], "object", np.zeros((9, 14))), r"'obs/object' must be \(T, 10\)"),
+    "text": (lambda f: replace(f["data/demo_0"], "actions", "hello"), "'actions' is not an array of numbers"),
+    "nan": (lambda f: f["data/demo_2/actions"].__setitem__((3, 2), np.nan), "demo_2: key 'actions' has non-finite"),
+    "inf": (lambda f: f["data/demo_2/obs/object"].__setitem__((3, 2), np.inf), "'obs/object' has non-finite"),
+    "short": (lambda f: replace(f["data/demo_0"], "rewards", np.zeros(3)), "same positive length"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILERS)
+def test_bad_files_are_refused_by_file_and_key(copy, name):
+    spoil, message = SPOILERS[name]
+    with h5py.File(copy, "r+") as file:
+        spoil(file)
+    with pytest.raises(ValueError, match=message) as caught:
+        demos.load(copy)
+    assert "copy.hdf5" in str(caught.value)
+
+
+def test_a_task_without_an_expert_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no scripted expert for task 'can'; experts: lift"):
+        demos.collect("can", 1, 0, tmp_path / "can.hdf5")

@@ -1,0 +1,362 @@
+"""The environments: seeding, exact replay, the queue of pending actions, episode ends, evaluation."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import envs
+
+pytestmark = pytest.mark.sim
+ROOT = Path(envs.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = envs.make_env("lift", seed=0)
+    yield env
+    env.close()
+
+
+@pytest.fixture(autouse=True)
+def restore_limit(request):
+    yield
+    if "env" in request.fixturenames:
+        request.getfixturevalue("env").episode_limit = envs.TASKS["lift"].episode_limit
+
+
+class RandomPolicy:
+    """A picklable policy that uses its observation and its generator, so that a mix-up of either shows."""
+
+    def __call__(self, obs, rng):
+        assert obs.shape == (1, 19) and obs.dtype == np.float32
+        return np.clip(rng.normal(size=(4, 7)) + obs[0, :7], -1, 1)
+
+
+class FailingPolicy:
+    def __call__(self, obs, rng):
+        raise KeyError("no such weight")
+
+
+def grasp(obs):
+    """A chunk of a minimal expert: over the cube, down, close, up."""
+    error, width = obs[9:12] - obs[0:3], obs[7] - obs[8]
+    if np.linalg.norm(error) < 0.015:
+        lifting = width < 0.06
+        return np.tile(np.array([0, 0, 1.0 * lifting, 0, 0, 0, 1]), (4, 1))
+    over = np.array([0, 0, 0.1]) if np.linalg.norm(error[:2]) > 0.01 else np.zeros(3)
+    return np.tile(np.concatenate([(error + over) / 0.05, np.zeros(3), [-1]]), (2, 1)).clip(-1, 1)
+
+
+def chunk_of(value, steps=4):
+    return lambda obs: np.full((steps, 7), value, np.float32)
+
+
+def random_actions(count, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (count, 7)).astype(np.float32)
+
+
+def roll(env, seed, actions):
+    observations = [env.reset(seed=seed)[0]]
+    return np.array(observations + [env.step(action)[0] for action in actions])
+
+
+# ------------------------------------------------------------------------------------------ the task table
+def test_unknown_task_lists_the_tasks():
+    with pytest.raises(ValueError, match="unknown task 'lfit'; tasks: lift, can, square"):
+        envs.make_env("lfit", 0)
+
+
+def test_cpu_settings_are_on_top_of_the_papers():
+    task = envs.Task("x", "robosuite", "X", 1, 1, 1, (), (), "", paper={"a": 1, "b": 1}, cpu={"b": 2})
+    assert envs.settings(task, "paper") == {"a": 1, "b": 1} and envs.settings(task, "cpu") == {"a": 1, "b": 2}
+
+
+def test_envs_does_not_import_torch_or_a_simulator():
+    code = "import sys, envs; print([m for m in ('torch', 'robosuite', 'mujoco', 'h5py') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+# -------------------------------------------------------------------------------------- a gymnasium citizen
+@pytest.mark.filterwarnings("ignore")
+def test_gymnasium_accepts_the_environment():
+    from gymnasium.utils.env_checker import check_env
+
+    check_env(envs.make_env("lift", 0, episode_limit=20), skip_render_check=True)
+
+
+@pytest.mark.parametrize("task", ["can", "square"])
+def test_other_robosuite_tasks_step_and_replay(task):
+    env = envs.make_env(task, 3)
+    actions = random_actions(8)
+    first = roll(env, 7, actions)
+    assert first.shape == (9, envs.TASKS[task].obs_dim) and first.dtype == np.float32
+    assert np.array_equal(first, roll(env, 7, actions)) and not np.array_equal(first[0], env.reset(seed=8)[0])
+    env.close()
+
+
+def test_steps_without_gl_and_without_noise_on_the_terminal():
+    code = (
+        "import os, envs; env = envs.make_env('lift', 0); env.reset(); env.step(env.action_space.sample());"
+        "print(os.environ['MUJOCO_GL'])"
+    )
+    environ = {**os.environ, "MUJOCO_GL": "disable"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environ)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "disable\n", "")
+
+
+def test_render_without_render_mode_says_what_to_do(env):
+    with pytest.raises(RuntimeError, match="render_mode='rgb_array'"):
+        env.render()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_action_is_refused(env, bad):
+    env.reset(seed=0)
+    action = np.zeros(7)
+    action[3] = bad
+    with pytest.raises(ValueError, match="non-finite"):
+        env.step(action)
+
+
+def test_action_of_the_wrong_shape_is_refused(env):
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"takes actions of \(7,\), got \(6,\)"):
+        env.step(np.zeros(6))
+
+
+# ------------------------------------------------------------------------------------- seeds and exactness
+def test_reset_seed_decides_cube_and_arm(env):
+    one, two, again = env.reset(seed=1)[0], env.reset(seed=2)[0], env.reset(seed=1)[0]
+    assert np.array_equal(one, again)
+    assert not np.allclose(one[:3], two[:3], atol=1e-4)  # the arm
+    assert not np.allclose(one[9:12], two[9:12], atol=1e-4)  # the cube
+
+
+def test_make_env_seeds_the_first_reset_and_the_rest_follows():
+    first, second = envs.make_env("lift", seed=5), envs.make_env("lift", seed=5)
+    stream = [first.reset()[0] for _ in range(3)]
+    np.random.seed(123)
+    assert all(np.array_equal(one, second.reset()[0]) for one in stream)
+    assert np.array_equal(stream[0], first.reset(seed=5)[0]) and not np.array_equal(stream[0], stream[1])
+    first.close(), second.close()
+
+
+def test_used_and_fresh_environment_agree_bitwise(env):
+    actions = random_actions(60)
+    for seed in range(3):  # wear it: contacts, gripper state, solver warm starts
+        roll(env, seed, random_actions(50, seed))
+    fresh = envs.make_env("lift", seed=99)
+    assert np.array_equal(roll(env, 11, actions), roll(fresh, 11, actions))
+    fresh.close()
+
+
+def test_fresh_process_agrees_bitwise(env, tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import envs, numpy as np, test_envs as t;"
+        "np.save(sys.argv[1], t.roll(envs.make_env('lift'), 4, t.random_actions(40)))"
+    )
+    path = tmp_path / "roll.npy"
+    subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=True)
+    assert np.array_equal(np.load(path), roll(env, 4, random_actions(40)))
+
+
+def test_observation_is_the_simulators_own(env):
+    """Skipping robosuite's sensor polling must not change a bit of what it would have returned."""
+    actions = random_actions(30)
+    fast = roll(env, 2, actions)
+    plain = envs.make_env("lift")
+    simulator = plain.simulator
+    del simulator._update_observables  # back to the class's method
+    for observable in simulator._observables.values():
+        observable.set_enabled(True)
+    first = plain.reset(seed=2)[0]
+    slow = [first] + [plain._observation(simulator.step(action.astype(np.float64))[0]) for action in actions]
+    assert np.array_equal(fast, np.array(slow))
+    plain.close()
+
+
+def test_env_args_of_a_file_rebuild_the_same_world(env):
+    import json
+
+    rebuilt = envs.make_env("lift", env_args=json.loads(json.dumps(env.env_args)))
+    assert np.array_equal(roll(env, 3, random_actions(10)), roll(rebuilt, 3, random_actions(10)))
+    rebuilt.close()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"env_version": "1.4.1"}, "pip install robosuite==1.4.1"), ({"env_name": "Stack"}, "env_args are for Stack")],
+)
+def test_env_args_of_another_world_are_refused(env, change, message):
+    with pytest.raises(ValueError, match=message):
+        envs.make_env("lift", env_args={**env.env_args, **change})
+
+
+# ------------------------------------------------------------------------------------------- episode ends
+def test_success_terminates_and_pays_one(env):
+    runner = envs.ChunkRunner(env, grasp)
+    runner.reset(0)
+    steps = []
+    while not runner.ended:
+        steps.append(runner.step())
+    last = steps[-1]
+    assert (last.terminated, last.truncated, last.success, last.reward) == (True, False, True, 1.0)
+    assert not any(step.terminated or step.truncated or step.reward for step in steps[:-1])
+    assert last.next_obs[11] > 0.839  # the cube's height, after the step
+
+
+def test_limit_truncates_and_pays_nothing(env):
+    env.episode_limit = 6
+    runner = envs.ChunkRunner(env, chunk_of(0.0))
+    runner.reset(0)
+    ends = [runner.step() for _ in range(6)]
+    assert [step.truncated for step in ends] == [False] * 5 + [True]
+    assert not any(step.terminated or step.success or step.reward for step in ends)
+    with pytest.raises(RuntimeError, match="reset"):
+        runner.step()
+
+
+def test_success_at_the_limit_is_terminal_not_truncated(env):
+    runner = envs.ChunkRunner(env, grasp)
+    runner.reset(0)
+    while not runner.ended:
+        runner.step()
+    env.episode_limit = env.steps
+    runner.reset(0)
+    while not runner.ended:
+        last = runner.step()
+    assert last.terminated and not last.truncated
+
+
+def test_episode_limit_below_one_is_refused():
+    with pytest.raises(ValueError, match="episode_limit"):
+        envs.make_env("lift", episode_limit=0)
+
+
+# ------------------------------------------------------------------------------------------ the chunk queue
+def test_policy_is_asked_once_per_chunk_and_executed_in_order(env):
+    seen = []
+
+    def act(obs):
+        seen.append(obs)
+        return np.arange(3)[:, None] / 10 * np.ones(7) + len(seen) / 100
+
+    runner = envs.ChunkRunner(env, act)
+    runner.reset(1)
+    steps = [runner.step() for _ in range(7)]
+    assert len(seen) == 3
+    assert np.allclose([step.action[0] for step in steps], [0.01, 0.11, 0.21, 0.02, 0.12, 0.22, 0.03])
+    assert all(np.array_equal(obs, steps[3 * index].obs) for index, obs in enumerate(seen))
+    assert all(np.array_equal(one.next_obs, two.obs) for one, two in zip(steps, steps[1:]))
+
+
+def test_reset_empties_the_queue(env):
+    runner = envs.ChunkRunner(env, chunk_of(0.5))
+    runner.reset(1)
+    runner.step()
+    runner.act = chunk_of(-0.5)
+    runner.reset(2)
+    assert runner.step().action[0] == -0.5
+
+
+def test_a_chunk_is_not_a_view_of_the_policys_buffer(env):
+    buffer = np.zeros((4, 7), np.float32)
+    runner = envs.ChunkRunner(env, lambda obs: buffer)
+    runner.reset(1)
+    runner.step()
+    buffer[:] = 1.0
+    assert (runner.step().action == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 4, 7), (4, 6), (0, 7)])
+def test_chunk_of_the_wrong_shape_is_refused(env, shape):
+    runner = envs.ChunkRunner(env, lambda obs: np.zeros(shape))
+    runner.reset(1)
+    with pytest.raises(ValueError, match=r"a chunk is \(H, 7\)"):
+        runner.step()
+
+
+def test_step_before_reset_is_refused(env):
+    with pytest.raises(RuntimeError, match="reset"):
+        envs.ChunkRunner(env, chunk_of(0.0)).step()
+
+
+@pytest.mark.parametrize("executed", [0, 1, 4, 10])
+def test_runner_resumes_exactly_in_another_environment(env, executed):
+    generator = np.random.default_rng(0)
+    runner = envs.ChunkRunner(env, lambda obs: generator.uniform(-1, 1, (4, 7)))
+    runner.reset(None)  # the seed that the environment drew itself must be known
+    for _ in range(executed):
+        runner.step()
+    state, noise = runner.state_dict(), generator.bit_generator.state
+    expected = [runner.step() for _ in range(6)]
+    generator.bit_generator.state = noise
+    other = envs.make_env("lift", seed=77)
+    resumed = envs.ChunkRunner(other, runner.act)
+    resumed.load_state_dict(state)
+    for one, two in zip(expected, [resumed.step() for _ in range(6)]):
+        assert all(np.array_equal(a, b) for a, b in zip(one, two))
+    other.close()
+
+
+def test_a_runner_that_ended_or_never_began_resumes_as_such(env):
+    fresh, ended = envs.ChunkRunner(env, chunk_of(0.0)), envs.ChunkRunner(env, chunk_of(0.0))
+    ended.load_state_dict(fresh.state_dict())
+    assert ended.ended and ended.seed is None
+    env.episode_limit = 2
+    ended.reset(3)
+    ended.step(), ended.step()
+    fresh.load_state_dict(ended.state_dict())
+    assert fresh.ended and fresh.seed == 3
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+def same(one, two):
+    return all(np.array_equal(getattr(one, key), getattr(two, key)) for key in vars(one))
+
+
+def test_evaluation_does_not_depend_on_workers_and_a_pool_can_be_used_again():
+    with envs.Evaluator("lift", workers=1, episode_limit=12) as evaluator:
+        alone = evaluator.run(RandomPolicy(), 5, seed=50)
+        later = evaluator.run(RandomPolicy(), 2, seed=53)
+    assert list(alone.seed) == [50, 51, 52, 53, 54] and list(alone.length) == [12] * 5
+    assert list(later.seed) == [53, 54]
+    with envs.Evaluator("lift", workers=2, episode_limit=12) as pool:
+        with pytest.raises(RuntimeError, match="KeyError.*no such weight"):
+            pool.run(FailingPolicy(), 3, seed=0)
+        assert same(alone, pool.run(RandomPolicy(), 5, seed=50)) and same(later, pool.run(RandomPolicy(), 2, seed=53))
+        assert same(alone, pool.run(RandomPolicy(), 5, seed=50))
+
+
+def test_an_episodes_randomness_is_its_own(env):
+    """Episode 53 is the same whether it is the first or the fourth: paired comparisons need that."""
+    trace = {}
+    for seeds in ([53], [51, 53]):
+        for seed in seeds:
+            rows = []
+            env.episode_limit = 8
+            envs.run_episode(RandomPolicy(), env, seed, on_step=lambda step: rows.append(step.next_obs))
+        trace[len(seeds)] = np.array(rows)
+    assert np.array_equal(trace[1], trace[2])
+
+
+def test_evaluate_counts_successes_and_stops_at_the_first():
+    result = envs.evaluate(lambda obs, rng: grasp(obs[0]), "lift", 2, seed=0)
+    assert result.success.all() and (result.episode_return == 1).all() and (result.length < 100).all()
+
+
+def test_interval_is_wilsons():
+    result = envs.EvalResult(np.arange(60), np.arange(60) < 52, np.ones(60), np.ones(60))
+    assert result.success_rate == pytest.approx(52 / 60)
+    assert result.interval == pytest.approx((0.7583, 0.9308), abs=2e-4)  # statsmodels: proportion_confint "wilson"
+    assert str(result) == "87% [76, 93] of 60"
+    none = envs.EvalResult(np.arange(10), np.zeros(10, bool), np.ones(10), np.zeros(10))
+    assert none.interval == pytest.approx((0.0, 0.2775), abs=2e-4)
+
+
+def test_evaluation_of_no_episode_is_refused():
+    with pytest.raises(ValueError, match="at least one episode"):
+        envs.evaluate(RandomPolicy(), "lift", 0, seed=0)

@@ -1,0 +1,282 @@
+"""Stage I: behaviour cloning of demonstrations with the flow-matching loss (paper Sec. IV-C1, Eq. 24).
+
+    python train_offline.py --task lift                   # 20 scripted demonstrations, about a minute on two cores
+    python train_offline.py --task lift --demos FILE      # robomimic HDF5
+    python train_offline.py --resume runs/lift-bc-s0      # continues an interrupted run exactly
+    python train_offline.py --eval runs/lift-bc-s0        # evaluates its checkpoint
+
+Writes runs/<task>-bc-s<seed>/ with args.json, progress.csv, eval.csv, TensorBoard events, last.pt and curve.png.
+`python train_online.py` runs this stage by itself when it is given no checkpoint.
+Not here: reinforcement learning (train_online.py), how demonstrations are made or read (demos/).
+"""
+import argparse
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+import demos
+import envs
+from flow_policy import FlowPolicy
+from logbook import Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint, read_args
+from poco import posterior_weights
+from replay import ChunkReplay
+
+
+@dataclass
+class Args:
+    task: str = "lift"                # which task; `envs.py` lists them
+    preset: Literal["auto", "cpu", "paper"] = "auto"  # paper: Tables II/III to the letter; cpu: minutes on a laptop (ours)
+    seed: int = 0                     # of demonstrations, networks, batches and training episodes
+    demos: str | None = None          # robomimic HDF5 with demonstrations; default: scripted ones, made once and kept
+    demo_episodes: int = 20           # how many demonstrations to make, or to use of the file
+    episode_limit: int = 300          # an episode is truncated after this many steps
+    horizon: int = 5                  # H, actions per chunk, executed open loop
+    hidden: int = 512                 # width of the hidden layers of every network
+    layers: int = 4                   # hidden layers of every network
+    flow_steps: int = 10              # K, Euler steps from noise to a chunk
+    batch_size: int = 256             # chunks per update
+    learning_rate: float = 3e-4       # Adam, all networks
+    normalize: bool = True            # standardise observations with the demonstrations' mean and deviation (ours)
+    pretrain_steps: int = 100_000     # stage I gradient steps
+    eval_episodes: int = 50           # episodes per evaluation, always the same seeds
+    workers: int = 2                  # evaluation and collection processes
+    device: str = "auto"              # cpu, cuda, mps; auto takes the best one
+    threads: int = 0                  # CPU threads for torch; 0 leaves torch's own choice
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of E- and M-step; auto: bfloat16 where it is fast
+    run_dir: str | None = None        # where to write; default runs/<task>-<method>-s<seed>
+    overwrite: bool = False           # replace a run that is already in run_dir
+    resume: str | None = None         # continue this run folder exactly where it stopped
+    eval: str | None = None           # only evaluate this run folder's checkpoint
+    video: bool = False               # also write an mp4 of evaluation episodes (needs OpenGL)
+
+
+COLUMNS = ["bc", "updates_per_s", "time/update"]
+
+
+# ---- command line: the task table fills the defaults, the user's flags win -------------------------------------------
+
+def parse(cls, argv=None):
+    """Read the command line into `cls`. --task and --preset are looked at first, so that --help shows their defaults."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, default in (("--task", cls.task), ("--preset", "auto"), ("--resume", None), ("--eval", None)):
+        first.add_argument(name, default=default)
+    known, _ = first.parse_known_args(argv)
+    if known.resume or known.eval:
+        stored = read_args(known.resume or known.eval)
+        fields = {field.name for field in dataclasses.fields(cls)}
+        defaults = cls(**{name: value for name, value in stored.items() if name in fields})
+        if "--task" in argv and known.task != defaults.task:
+            raise UserError(f"{known.resume or known.eval} is a run of task {defaults.task}, not of {known.task}")
+    else:
+        if known.task not in envs.TASKS:
+            raise UserError(f"unknown task '{known.task}'; tasks: {', '.join(envs.TASKS)}")
+        defaults = preset_defaults(cls, known.task, resolve_preset(known.preset)[0])
+        defaults.preset = known.preset
+    return tyro.cli(cls, args=argv, default=defaults, description=sys.modules[cls.__module__].__doc__)
+
+
+def preset_defaults(cls, task, preset):
+    settings = envs.settings(task, preset)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    return cls(task=task, **{name: value for name, value in settings.items() if name in fields})
+
+
+def resolve_preset(preset):
+    if preset != "auto":
+        return preset, "as asked"
+    if torch.cuda.is_available():
+        return "paper", "a GPU is present"
+    return "cpu", "no GPU found"
+
+
+def setup(args):
+    """Device, precision and seeds, said aloud. Returns the device."""
+    preset, why = resolve_preset(args.preset)
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(best if args.device == "auto" else args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.precision == "auto":
+        fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+        args.precision = "bfloat16" if fast else "float32"
+    args.preset = preset
+    torch.manual_seed(args.seed)
+    print(f"task {args.task}, preset {preset} ({why}), {device.type}, {args.precision}, "
+          f"{torch.get_num_threads()} threads, seed {args.seed}", flush=True)
+    return device
+
+
+# ---- what both stages share ------------------------------------------------------------------------------------------
+
+class Acting:
+    """policy(obs (1, D), rng) -> chunk (H, A): the callable that the environments run. Picklable, noise from `rng`.
+
+    Without a critic it is a draw from the policy. With one it is a draw from the particle posterior: the E-step used
+    for acting, candidates weighed by the critic (ours).
+    """
+
+    def __init__(self, policy, critic=None, num_candidates=1, temperature=1.0):
+        self.policy, self.critic, self.temperature = policy, critic, temperature
+        self.num_candidates = num_candidates if critic is not None else 1
+
+    def to(self, device):
+        """Move the networks, which a worker process wants on the CPU."""
+        self.policy.to(device)
+        if self.critic is not None:
+            self.critic.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, obs, rng):
+        policy, n = self.policy, self.num_candidates
+        obs = torch.as_tensor(obs, device=policy.obs_mean.device)
+        noise = rng.standard_normal((1, n, policy.horizon, policy.action_dim), dtype=np.float32)
+        chunks = policy.sample(policy.encode(obs), n, noise=torch.as_tensor(noise, device=obs.device))   # (1, n, H, A)
+        pick = 0
+        if self.critic is not None:
+            weights = posterior_weights(self.critic(obs, chunks).mean(0), self.temperature)[0].double().cpu().numpy()
+            pick = rng.choice(n, p=weights / weights.sum())
+        return chunks[0, pick].cpu().numpy()
+
+
+def demonstrations(args):
+    """Transitions as arrays: from args.demos, or scripted ones made once under data/."""
+    path = args.demos
+    try:
+        if path is None:
+            path = Path("data") / f"{args.task}-scripted-{args.demo_episodes}-s{args.seed}.hdf5"
+            if not path.exists():
+                demos.collect(args.task, args.demo_episodes, args.seed, path, workers=args.workers)
+        data = demos.load(path, args.task)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    ends = np.flatnonzero(data["terminated"] | data["truncated"])[:args.demo_episodes]
+    return {name: value[:ends[-1] + 1] for name, value in data.items()}
+
+
+def make_policy(args, device):
+    task = envs.TASKS[args.task]
+    return FlowPolicy(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.flow_steps).to(device)
+
+
+def record_result(book, step, acting, result):
+    rows = zip(result.seed, result.success, result.length, result.episode_return)
+    book.evaluation(step, acting, [dict(zip(("seed", "success", "length", "return"), row)) for row in rows])
+
+
+EVAL_SEED = 1_000_000     # evaluation episodes are the same for every run and method; training never draws these seeds
+
+
+# ---- stage I ---------------------------------------------------------------------------------------------------------
+
+def pretrain(args, data, device, book, state=None):
+    """Minimise Eq. 24 on the demonstrations. Returns the policy, or None if the user interrupted."""
+    replay = ChunkReplay(len(data["obs"]), data["obs"].shape[1], data["action"].shape[1], args.horizon, 1.0, device)
+    replay.extend(data)
+    policy = make_policy(args, device)
+    if args.normalize:
+        obs = torch.as_tensor(data["obs"])
+        policy.set_normalizer(obs.mean(0), obs.std(0).clamp(min=1e-3))
+    optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.learning_rate, fused=device.type != "mps")
+    generator = torch.Generator(device).manual_seed(args.seed)
+    start, clock, total = 0, Clock(), torch.zeros((), device=device)
+    if state is not None:
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        start = state["step"]
+
+    def save(step):
+        book.save("last.pt", {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
+                              "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
+                              "args": dataclasses.asdict(args)})
+
+    every = max(args.pretrain_steps // 20, 1)
+    with Interrupt() as interrupt, Progress("stage I", args.pretrain_steps, every, start, unit="steps") as bar:
+        for step in range(start + 1, args.pretrain_steps + 1):
+            with clock("update"):
+                batch = replay.sample(args.batch_size, generator)
+                loss = policy.cfm_loss(policy.encode(batch.obs), batch.chunk[:, None], batch.valid).mean()   # Eq. 24
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                total += loss.detach()
+            if step % every == 0:
+                seconds = clock.split()["update"]
+                mean = total.item() / every
+                if not np.isfinite(mean):
+                    raise UserError(f"the loss became {mean} before step {step}; {book.folder}/last.pt is the last good "
+                                    "checkpoint. Check the demonstrations, or lower --learning-rate")
+                book.log(step, bc=mean, updates_per_s=every / seconds, **{"time/update": seconds})
+                total.zero_()
+            if step % every == 0 or interrupt.stop:
+                save(step)
+            bar.update(step, step)
+            if interrupt.stop:
+                print(f"saved at step {step}; continue with --resume {book.folder}")
+                return None
+        if start == 0 and args.pretrain_steps == 0:
+            save(0)
+    return policy
+
+
+def stage_one(args, device):
+    """The run folder's finished checkpoint; trains it, or finishes it, when it is not there yet. None if interrupted."""
+    folder = Path(args.resume or args.run_dir or f"runs/{args.task}-bc-s{args.seed}")
+    stored = dataclasses.asdict(args) | {"method": "bc"}
+    state = None
+    if (folder / "last.pt").is_file() and not args.overwrite:
+        book = Logbook.resume(folder, COLUMNS, task=args.task, method="bc")
+        same = ("demos", "demo_episodes", "horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate",
+                "normalize", "pretrain_steps", "seed")
+        changed = [name for name in same if book.args.get(name) != stored[name]]
+        if changed:
+            raise UserError(f"{folder} was trained with another {', '.join(changed)}: choose another folder with "
+                            "--run-dir DIR or replace it with --overwrite")
+        state = book.load("last.pt")
+        book.rewind(state["step"])
+        print(f"{folder}: stage I at step {state['step']} of {args.pretrain_steps}", flush=True)
+    else:
+        book = Logbook.create(folder, stored, COLUMNS, overwrite=args.overwrite)
+    policy = pretrain(args, demonstrations(args), device, book, state)
+    book.close()
+    return None if policy is None else (policy, book)
+
+
+def evaluate(args, policy, device, book):
+    with envs.Evaluator(args.task, args.workers, args.episode_limit) as evaluator:
+        result = evaluator.run(Acting(policy).to("cpu"), args.eval_episodes, EVAL_SEED)
+    print(f"behaviour cloning: success {result}")
+    return result
+
+
+def main(argv=None):
+    args = parse(Args, argv)
+    device = setup(args)
+    if args.eval:
+        policy = make_policy(args, device)
+        policy.load_state_dict(load_checkpoint(Path(args.eval) / "last.pt")["policy"])
+        evaluate(args, policy, device, None)
+        return
+    done = stage_one(args, device)
+    if done is None:
+        return
+    policy, book = done
+    result = evaluate(args, policy, device, book)
+    record_result(book, args.pretrain_steps, "policy", result)
+    print(f"{curve(book.folder)}; next: python train_online.py --task {args.task} --checkpoint {book.folder}/last.pt")
+    if args.video:
+        envs.record(Acting(policy), args.task, book.folder / "policy.mp4", 4, EVAL_SEED, args.episode_limit)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,309 @@
+"""Stage II: critic warm-up, then POCO online (paper Sec. IV-C2, Algorithm 1). Runs stage I first when it has to.
+
+    python train_online.py --task lift                            # the whole of Algorithm 1 on a laptop
+    python train_online.py --task lift --act posterior            # acts from the particle posterior instead (ours)
+    python train_online.py --resume runs/lift-poco-s0             # continues an interrupted run exactly
+    python train_online.py --eval runs/lift-poco-s0 --video       # evaluates its checkpoint
+
+Writes runs/<task>-poco-s<seed>/ with args.json, progress.csv, eval.csv, TensorBoard events, last.pt, best.pt, curve.png.
+Below: POCO's update, then a loop that knows only an agent with act, update and state_dict, so that a baseline is a file
+with such an agent. Not here: the E-step and M-step (poco.py), the networks (flow_policy.py, chunk_critic.py).
+"""
+import copy
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import envs
+from chunk_critic import ChunkCritic, critic_loss, ema_update, td_target
+from logbook import Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint
+from poco import e_step, m_step_loss
+from replay import ChunkReplay
+from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstrations, make_policy, parse, record_result,
+                           setup, stage_one)
+
+
+@dataclass
+class Args(OfflineArgs):
+    checkpoint: str | None = None     # stage-I checkpoint to start from; default: train one, or reuse runs/<task>-bc-s<seed>
+    act: Literal["policy", "posterior"] = "policy"  # collect with a draw from the policy (paper) or from the posterior (ours)
+    discount: float = 0.99            # gamma, per environment step
+    heads: int = 2                    # critic heads, averaged
+    tau: float = 0.005                # rate of the target critic's moving average
+    num_candidates: int = 32          # N, candidates per state in the E-step
+    temperature: float = 0.001        # eta: how greedily the posterior follows Q
+    guidance: float = 1.0             # beta, weight of the posterior against behaviour cloning; 0 is behaviour cloning
+    clip: float = 0.15                # zeta, threshold of the surrogate (mean over a chunk's cells); inf is no clip
+    reward_offset: float = 0.0        # added to every reward, demonstrations included (authors' code: -0.01)
+    warmup_steps: int = 5000          # first steps with a frozen actor: only the critic learns
+    online_steps: int = 500_000       # environment steps in total, warm-up included
+    updates_per_step: int = 1         # gradient updates per environment step
+    capacity: int = 2_000_000         # transitions in the replay, demonstrations included
+    eval_every: int = 10_000          # environment steps between evaluations
+    final_episodes: int = 100         # episodes of the last evaluation
+    log_every: int = 500              # environment steps between rows of progress.csv
+    save_every: int = 5000            # environment steps between checkpoints
+
+
+# ---- POCO ------------------------------------------------------------------------------------------------------------
+
+class POCO:
+    """Policy, critic, and one update of each: Algorithm 1's learning thread."""
+
+    name = "poco"
+    stats = ("q_mean", "q_min", "q_max", "q_spread", "ess", "kl", "clip_frac", "alive_mass", "bc", "surrogate", "critic",
+             "q_data", "target")
+
+    def __init__(self, args, policy, clock):
+        self.args, self.policy, self.clock = args, policy, clock
+        self.device = policy.obs_mean.device
+        task = envs.TASKS[args.task]
+        self.critic = ChunkCritic(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.heads)
+        self.critic.to(self.device).set_normalizer(policy.obs_mean, policy.obs_std)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        fused = self.device.type != "mps"
+        self.actor_optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.learning_rate, fused=fused)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.learning_rate, fused=fused)
+
+    def acting(self, mode):
+        """The callable that acts: "policy" draws from the policy, "posterior" from the online critic's posterior."""
+        if mode == "policy":
+            return Acting(self.policy)
+        return Acting(self.policy, self.critic, self.args.num_candidates, self.args.temperature)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16")
+
+    def update(self, batch, warmup):
+        """One update on a batch of replay chunks; during warm-up the actor is frozen. Returns stats."""
+        args, policy = self.args, self.policy
+        with self.clock("critic"):
+            with self.autocast():
+                next_chunk = policy.sample(policy.encode(batch.next_obs), 1)
+            next_q = self.target(batch.next_obs, next_chunk).mean((0, 2))
+            loss, stats = critic_loss(self.critic, batch.obs, batch.chunk, td_target(batch.returns, batch.bootstrap, next_q))
+            minimise(loss, self.critic_optimizer)
+            ema_update(self.target, self.critic, args.tau)
+        if warmup:
+            return stats
+        context, candidates, weights, posterior_stats = policy.encode(batch.obs), None, None, {}
+        if args.guidance > 0:
+            with self.clock("e_step"), self.autocast():
+                value = lambda _, chunks: self.target(batch.obs, chunks).mean(0)
+                candidates, weights, posterior_stats = e_step(policy, value, context, args.num_candidates, args.temperature)
+        with self.clock("m_step"):
+            with self.autocast():
+                loss, actor_stats = m_step_loss(policy, context, batch.chunk, batch.valid, candidates, weights,
+                                                args.guidance, args.clip)
+            minimise(loss, self.actor_optimizer)
+        return stats | posterior_stats | actor_stats
+
+    def state_dict(self):
+        return {name: getattr(self, name).state_dict() for name in
+                ("policy", "critic", "target", "actor_optimizer", "critic_optimizer")}
+
+    def load_state_dict(self, state):
+        for name, value in state.items():
+            getattr(self, name).load_state_dict(value)
+
+
+def minimise(loss, optimizer):
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+# ---- the loop: any agent with act, update and state_dict -------------------------------------------------------------
+
+PHASES = ("env", "act", "critic", "e_step", "m_step", "eval")
+COLUMNS = ("warmup", "success", "episodes", "updates", "env_steps_per_s", "updates_per_s")
+
+
+class Meter:
+    """Means of the update statistics over a log interval, summed on the device so that no update waits for the CPU."""
+
+    def __init__(self, sums=()):
+        self.sums = dict(sums)
+
+    def add(self, stats):
+        for name, value in stats.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)
+
+    def means(self):
+        means, self.sums = {name: float(total) / count for name, (total, count) in self.sums.items()}, {}
+        return means
+
+
+class Randomness:
+    """One generator per purpose, so that what one part draws never shifts another; saved and restored together."""
+
+    def __init__(self, seed, device):
+        self.act, self.episodes = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
+        self.batches = torch.Generator(device).manual_seed(seed + 1)
+
+    def state_dict(self):
+        return {"act": self.act.bit_generator.state, "episodes": self.episodes.bit_generator.state,
+                "batches": self.batches.get_state(), "torch": torch.get_rng_state()}
+
+    def load_state_dict(self, state):
+        self.act.bit_generator.state, self.episodes.bit_generator.state = state["act"], state["episodes"]
+        self.batches.set_state(state["batches"])
+        torch.set_rng_state(state["torch"])
+
+    def episode_seed(self):
+        return int(self.episodes.integers(EVAL_SEED))
+
+
+def train(args, agent, data, clock, book, state=None):
+    """Interact, learn, log, evaluate and save until online_steps. Returns False if the user interrupted."""
+    task, device = envs.TASKS[args.task], agent.device
+    replay = ChunkReplay(min(args.capacity, len(data["obs"]) + args.online_steps), task.obs_dim, task.action_dim,
+                         args.horizon, args.discount, device)
+    rng, meter = Randomness(args.seed, device), Meter()
+    acting = agent.acting(args.act)
+
+    def act(obs):
+        with clock("act"):
+            return acting(obs[None], rng.act)
+
+    runner = envs.ChunkRunner(envs.make_env(args.task, episode_limit=args.episode_limit), act)
+    count = {"step": 0, "episodes": 0, "updates": 0, "best": -1.0, "recent": []}
+    parts = {"agent": agent, "replay": replay, "runner": runner, "rng": rng}
+    if state is None:
+        replay.extend(data | {"reward": data["reward"] + args.reward_offset})
+        runner.reset(rng.episode_seed())
+    else:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        meter, count = Meter(state["meter"]), state["count"]
+
+    def save(name):
+        book.save(name, {name: part.state_dict() for name, part in parts.items()} | {"meter": meter.sums, "count": count})
+
+    with Interrupt() as interrupt, envs.Evaluator(args.task, args.workers, args.episode_limit) as evaluator, \
+            Progress("", args.online_steps, args.log_every, count["step"], count["updates"]) as bar:
+        if count["step"] == 0:
+            evaluate(args, agent, evaluator, args.final_episodes, 0, book, bar)
+        clock.split()
+        while count["step"] < args.online_steps:
+            step = count["step"] = count["step"] + 1
+            warmup = step <= args.warmup_steps
+            with clock("env"):
+                interact(args, runner, replay, rng, count)
+            for _ in range(args.updates_per_step):
+                meter.add(agent.update(replay.sample(args.batch_size, rng.batches), warmup))
+                count["updates"] += 1
+            last, success = step == args.online_steps, np.mean(count["recent"]) if count["recent"] else None
+            bar.stage = "critic warm-up" if warmup else agent.name
+            bar.update(step, count["updates"], success)
+            if step % args.log_every == 0:
+                log(book, warmup, count, success, meter.means(), clock.split(), args)
+            if step % args.eval_every == 0 or last:
+                with clock("eval"):
+                    episodes = args.final_episodes if last else args.eval_episodes
+                    rate = evaluate(args, agent, evaluator, episodes, step, book, bar)
+                if rate > count["best"] and not warmup:
+                    count["best"] = rate
+                    save("best.pt")
+            if step % args.save_every == 0 or last or interrupt.stop:
+                save("last.pt")
+            if interrupt.stop and not last:
+                bar.write(f"saved at step {step}; continue with --resume {book.folder}")
+                return False
+    return True
+
+
+def interact(args, runner, replay, rng, count):
+    """One environment step into the replay; a new episode when the old one has ended."""
+    move = runner.step()
+    replay.add(move.obs, move.action, move.reward + args.reward_offset, move.next_obs, move.terminated, move.truncated)
+    if move.terminated or move.truncated:
+        count["episodes"] += 1
+        count["recent"] = [*count["recent"][-19:], float(move.success)]
+        runner.reset(rng.episode_seed())
+
+
+def evaluate(args, agent, evaluator, episodes, step, book, bar):
+    """Success of the bare policy and, once the critic has learnt, of the posterior; returns that of the policy."""
+    rates = {}
+    for mode in ("policy", "posterior") if step > 0 else ("policy",):
+        result = evaluator.run(copy.deepcopy(agent.acting(mode)).to("cpu"), episodes, EVAL_SEED)
+        record_result(book, step, mode, result)
+        bar.write(f"step {step}, acting from the {mode}: success {result}")
+        rates[mode] = result.success_rate
+    return rates["policy"]
+
+
+def log(book, warmup, count, success, means, seconds, args):
+    """A row of progress.csv; a non-finite mean stops the run before it reaches a checkpoint."""
+    bad = [name for name, value in means.items() if not np.isfinite(value)]
+    if bad:
+        raise UserError(f"{', '.join(bad)} became non-finite before step {count['step']}; {book.folder}/last.pt is the last "
+                        "good checkpoint. Lower --learning-rate, or check the demonstrations")
+    busy = sum(seconds.get(name, 0.0) for name in PHASES)
+    book.log(count["step"], warmup=int(warmup), success=success, episodes=count["episodes"], updates=count["updates"],
+             env_steps_per_s=args.log_every / busy, updates_per_s=args.log_every * args.updates_per_step / busy, **means,
+             **{f"time/{name}": seconds.get(name, 0.0) for name in PHASES})
+
+
+def main(argv=None, args_class=Args, agent_class=POCO):
+    args = parse(args_class, argv)
+    device, clock = setup(args), Clock()
+    args.method = agent_class.name
+    folder = Path(args.eval or args.resume or args.run_dir or f"runs/{args.task}-{agent_class.name}-s{args.seed}")
+    columns = [*COLUMNS, *agent_class.stats, *(f"time/{name}" for name in PHASES)]
+    if args.eval:
+        return evaluate_checkpoint(args, agent_class(args, make_policy(args, device), clock), folder)
+    if args.resume:
+        book = Logbook.resume(folder, columns, task=args.task, method=agent_class.name)
+        state = book.load("last.pt")
+        book.rewind(state["count"]["step"])
+        policy = make_policy(args, device)
+    else:
+        state = None
+        policy = load_policy(args, device)
+        if policy is None:
+            return
+        stored = dataclasses.asdict(args) | {"method": agent_class.name}
+        book = Logbook.create(folder, stored, columns, overwrite=args.overwrite)
+    agent = agent_class(args, policy, clock)
+    if train(args, agent, demonstrations(args), clock, book, state):
+        print(f"done: {curve(book.folder)}")
+        if args.video:
+            envs.record(agent.acting("policy"), args.task, book.folder / "policy.mp4", 4, EVAL_SEED, args.episode_limit)
+    book.close()
+
+
+def load_policy(args, device):
+    """The stage-I policy: from args.checkpoint, or trained now. None if the user interrupted stage I."""
+    if args.checkpoint is None:
+        offline = OfflineArgs(**{field.name: getattr(args, field.name) for field in dataclasses.fields(OfflineArgs)})
+        offline.run_dir, offline.resume, offline.overwrite = None, None, False
+        done = stage_one(offline, device)
+        return None if done is None else done[0]
+    policy = make_policy(args, device)
+    try:
+        policy.load_state_dict(load_checkpoint(args.checkpoint)["policy"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{args.checkpoint} does not fit the networks of this run ({str(error).splitlines()[0]}); "
+                        "use the same --task, --preset, --hidden, --layers and --horizon in both stages") from error
+    return policy
+
+
+def evaluate_checkpoint(args, agent, folder):
+    agent.load_state_dict(load_checkpoint(folder / "last.pt")["agent"])
+    with envs.Evaluator(args.task, args.workers, args.episode_limit) as evaluator:
+        for mode in ("policy", "posterior"):
+            result = evaluator.run(agent.acting(mode).to("cpu"), args.final_episodes, EVAL_SEED)
+            print(f"acting from the {mode}: success {result}")
+    if args.video:
+        envs.record(agent.acting("policy").to("cpu"), args.task, folder / "policy.mp4", 4, EVAL_SEED, args.episode_limit)
+
+
+if __name__ == "__main__":
+    cli(main)
