@@ -120,12 +120,12 @@ def _import_robosuite(render: bool):
     return robosuite
 
 
-def _robosuite_kwargs(robosuite, task: Task, env_args: dict | None) -> tuple[str, dict]:
+def _robosuite_kwargs(robosuite, task: Task, env_args: dict | None) -> dict:
     """The simulator's arguments: those of the demonstrations' file if it has any, robomimic's world otherwise."""
     if env_args is None:
         body = robosuite.load_composite_controller_config(controller="BASIC")["body_parts"]["right"]
         controller = {"type": "BASIC", "body_parts": {"right": {**body, "input_ref_frame": "world"}}}
-        return task.env_name, {"robots": "Panda", "controller_configs": controller, "control_freq": 20}
+        return {"robots": "Panda", "controller_configs": controller, "control_freq": 20}
     if env_args.get("env_name") != task.env_name:
         raise ValueError(f"task '{task.name}' is {task.env_name}, but these env_args are for {env_args.get('env_name')}")
     version = str(env_args.get("env_version", ""))
@@ -134,7 +134,7 @@ def _robosuite_kwargs(robosuite, task: Task, env_args: dict | None) -> tuple[str
             f"the data was recorded with robosuite {version or 'unknown'}, installed is {robosuite.__version__}; "
             f"the controllers differ: pip install robosuite=={version or '1.5.2'}"
         )
-    return task.env_name, dict(env_args["env_kwargs"])
+    return dict(env_args["env_kwargs"])
 
 
 class RobosuiteEnv(gymnasium.Env):
@@ -156,7 +156,7 @@ class RobosuiteEnv(gymnasium.Env):
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (task.action_dim,), np.float32)
         self._first_seed, self.episode_seed, self.steps = seed, None, 0
         robosuite = _import_robosuite(render_mode is not None)
-        name, kwargs = _robosuite_kwargs(robosuite, task, env_args)
+        kwargs = _robosuite_kwargs(robosuite, task, env_args)
         kwargs.update(
             has_renderer=False, has_offscreen_renderer=render_mode is not None, use_camera_obs=False,
             use_object_obs=True, reward_shaping=False, ignore_done=True,
@@ -164,12 +164,14 @@ class RobosuiteEnv(gymnasium.Env):
             seed=0,  # of the model only (see the header); reset() seeds the episodes
         )
         try:
-            self.simulator = robosuite.make(name, **kwargs)
+            self.simulator = robosuite.make(task.env_name, **kwargs)
         except Exception as error:
             if render_mode is None:
                 raise
             raise RuntimeError(NO_OPENGL.format(error)) from error
-        self.env_args = {"env_name": name, "type": 1, "env_version": robosuite.__version__, "env_kwargs": kwargs}
+        self.env_args = {
+            "env_name": task.env_name, "type": 1, "env_version": robosuite.__version__, "env_kwargs": kwargs,
+        }
         self._read_sensors_once_per_step()
 
     def _read_sensors_once_per_step(self) -> None:

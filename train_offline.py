@@ -11,7 +11,6 @@ Not here: reinforcement learning (train_online.py), how demonstrations are made 
 """
 import argparse
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,19 +65,20 @@ def parse(cls, argv=None):
     """Read the command line into `cls`. --task and --preset are looked at first, so that --help shows their defaults."""
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in (("--task", cls.task), ("--preset", "auto"), ("--resume", None), ("--eval", None)):
+    for name, default in (("--task", None), ("--preset", "auto"), ("--resume", None), ("--eval", None)):
         first.add_argument(name, default=default)
     known, _ = first.parse_known_args(argv)
     if known.resume or known.eval:
         stored = read_args(known.resume or known.eval)
         fields = {field.name for field in dataclasses.fields(cls)}
         defaults = cls(**{name: value for name, value in stored.items() if name in fields})
-        if "--task" in argv and known.task != defaults.task:
+        if known.task not in (None, defaults.task):
             raise UserError(f"{known.resume or known.eval} is a run of task {defaults.task}, not of {known.task}")
     else:
-        if known.task not in envs.TASKS:
-            raise UserError(f"unknown task '{known.task}'; tasks: {', '.join(envs.TASKS)}")
-        defaults = preset_defaults(cls, known.task, resolve_preset(known.preset)[0])
+        task = known.task or cls.task
+        if task not in envs.TASKS:
+            raise UserError(f"unknown task '{task}'; tasks: {', '.join(envs.TASKS)}")
+        defaults = preset_defaults(cls, task, resolve_preset(known.preset)[0])
         defaults.preset = known.preset
     return tyro.cli(cls, args=argv, default=defaults, description=sys.modules[cls.__module__].__doc__)
 
@@ -179,6 +179,7 @@ EVAL_SEED = 1_000_000     # evaluation episodes are the same for every run and m
 
 def pretrain(args, data, device, book, state=None):
     """Minimise Eq. 24 on the demonstrations. Returns the policy, or None if the user interrupted."""
+    torch.manual_seed(args.seed)
     replay = ChunkReplay(len(data["obs"]), data["obs"].shape[1], data["action"].shape[1], args.horizon, 1.0, device)
     replay.extend(data)
     policy = make_policy(args, device)
@@ -193,12 +194,12 @@ def pretrain(args, data, device, book, state=None):
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
-        start = state["step"]
+        start, total = state["step"], state["total"].to(device)
 
     def save(step):
         book.save("last.pt", {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
                               "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
-                              "args": dataclasses.asdict(args)})
+                              "total": total})
 
     every = max(args.pretrain_steps // 20, 1)
     with Interrupt() as interrupt, Progress("stage I", args.pretrain_steps, every, start, unit="steps") as bar:
@@ -224,8 +225,6 @@ def pretrain(args, data, device, book, state=None):
             if interrupt.stop:
                 print(f"saved at step {step}; continue with --resume {book.folder}")
                 return None
-        if start == 0 and args.pretrain_steps == 0:
-            save(0)
     return policy
 
 

@@ -172,7 +172,7 @@ def train(args, agent, data, clock, book, state=None):
             return acting(obs[None], rng.act)
 
     runner = envs.ChunkRunner(envs.make_env(args.task, episode_limit=args.episode_limit), act)
-    count = {"step": 0, "episodes": 0, "updates": 0, "best": -1.0, "recent": []}
+    count = {"step": 0, "episodes": 0, "updates": 0, "best": -1.0, "recent": [], "seconds": dict.fromkeys(PHASES, 0.0)}
     parts = {"agent": agent, "replay": replay, "runner": runner, "rng": rng}
     if state is None:
         replay.extend(data | {"reward": data["reward"] + args.reward_offset})
@@ -183,7 +183,9 @@ def train(args, agent, data, clock, book, state=None):
         meter, count = Meter(state["meter"]), state["count"]
 
     def save(name):
-        book.save(name, {name: part.state_dict() for name, part in parts.items()} | {"meter": meter.sums, "count": count})
+        state = {name: part.state_dict() for name, part in parts.items()} | {"meter": meter.sums, "count": count}
+        refuse_nonfinite(state["agent"], count["step"], book)
+        book.save(name, state)
 
     with Interrupt() as interrupt, envs.Evaluator(args.task, args.workers, args.episode_limit) as evaluator, \
             Progress("", args.online_steps, args.log_every, count["step"], count["updates"]) as bar:
@@ -193,16 +195,19 @@ def train(args, agent, data, clock, book, state=None):
         while count["step"] < args.online_steps:
             step = count["step"] = count["step"] + 1
             warmup = step <= args.warmup_steps
-            with clock("env"):
-                interact(args, runner, replay, rng, count)
-            for _ in range(args.updates_per_step):
-                meter.add(agent.update(replay.sample(args.batch_size, rng.batches), warmup))
-                count["updates"] += 1
+            try:
+                with clock("env"):
+                    interact(args, runner, replay, rng, count)
+                for _ in range(args.updates_per_step):
+                    meter.add(agent.update(replay.sample(args.batch_size, rng.batches), warmup))
+                    count["updates"] += 1
+            except ValueError as error:                       # a non-finite action, transition or Q
+                raise UserError(f"stopped at step {step}: {error}. {book.folder}/last.pt is the last good checkpoint") from error
             last, success = step == args.online_steps, np.mean(count["recent"]) if count["recent"] else None
             bar.stage = "critic warm-up" if warmup else agent.name
             bar.update(step, count["updates"], success)
             if step % args.log_every == 0:
-                log(book, warmup, count, success, meter.means(), clock.split(), args)
+                log(args, book, warmup, count, success, meter.means(), clock.split())
             if step % args.eval_every == 0 or last:
                 with clock("eval"):
                     episodes = args.final_episodes if last else args.eval_episodes
@@ -239,16 +244,25 @@ def evaluate(args, agent, evaluator, episodes, step, book, bar):
     return rates["policy"]
 
 
-def log(book, warmup, count, success, means, seconds, args):
-    """A row of progress.csv; a non-finite mean stops the run before it reaches a checkpoint."""
-    bad = [name for name, value in means.items() if not np.isfinite(value)]
-    if bad:
-        raise UserError(f"{', '.join(bad)} became non-finite before step {count['step']}; {book.folder}/last.pt is the last "
-                        "good checkpoint. Lower --learning-rate, or check the demonstrations")
-    busy = sum(seconds.get(name, 0.0) for name in PHASES)
+def log(args, book, warmup, count, success, means, seconds):
+    """A row of progress.csv."""
+    seconds = {name: seconds.get(name, 0.0) for name in PHASES}
+    for name, value in seconds.items():
+        count["seconds"][name] += value
+    busy = sum(seconds.values())
     book.log(count["step"], warmup=int(warmup), success=success, episodes=count["episodes"], updates=count["updates"],
              env_steps_per_s=args.log_every / busy, updates_per_s=args.log_every * args.updates_per_step / busy, **means,
-             **{f"time/{name}": seconds.get(name, 0.0) for name in PHASES})
+             **{f"time/{name}": value for name, value in seconds.items()})
+
+
+def refuse_nonfinite(state, step, book, where="agent"):
+    """Diverged networks must not overwrite the last good checkpoint."""
+    if isinstance(state, dict):
+        for name, value in state.items():
+            refuse_nonfinite(value, step, book, f"{where}.{name}")
+    elif isinstance(state, torch.Tensor) and state.is_floating_point() and not torch.isfinite(state).all():
+        raise UserError(f"{where} became non-finite before step {step}; {book.folder}/last.pt is the last good checkpoint. "
+                        "Lower --learning-rate, or check the demonstrations")
 
 
 def main(argv=None, args_class=Args, agent_class=POCO):
@@ -271,6 +285,7 @@ def main(argv=None, args_class=Args, agent_class=POCO):
             return
         stored = dataclasses.asdict(args) | {"method": agent_class.name}
         book = Logbook.create(folder, stored, columns, overwrite=args.overwrite)
+    torch.manual_seed(args.seed)          # the same whether stage I ran just now or its checkpoint was loaded
     agent = agent_class(args, policy, clock)
     if train(args, agent, demonstrations(args), clock, book, state):
         print(f"done: {curve(book.folder)}")

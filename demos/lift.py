@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-NOISE = (0.05, 0.25)  # standard deviation of the noise added to each action; one draw per episode
+NOISE = (0.05, 0.3)  # standard deviation of the noise added to each action; one draw per episode
 WOBBLE = (0.0, 0.3)  # amplitude of a slow sideways sway
 SPEED = (0.5, 1.6)  # proportional gain: action = gain * error / 5 cm
 HOVER = (0.05, 0.14)  # height of the point above the cube, in metres

@@ -91,7 +91,7 @@ def _plain(value, where="state"):
         # torch.save writes the whole storage under a view: a slice of a big buffer would cost the big buffer
         return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
     if isinstance(value, np.ndarray):
-        return torch.tensor(value)
+        return torch.tensor(value)                    # comes back as a tensor
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):

@@ -69,9 +69,11 @@ def test_unknown_task_lists_the_tasks():
         envs.make_env("lfit", 0)
 
 
-def test_cpu_settings_are_on_top_of_the_papers():
-    task = envs.Task("x", "robosuite", "X", 1, 1, 1, (), (), "", paper={"a": 1, "b": 1}, cpu={"b": 2})
-    assert envs.settings(task, "paper") == {"a": 1, "b": 1} and envs.settings(task, "cpu") == {"a": 1, "b": 2}
+def test_a_tasks_settings_win_over_the_presets():
+    task = envs.Task("x", "robosuite", "X", 1, 1, 7, (), (), "", paper={"clip": 1.0}, cpu={"clip": 2.0, "hidden": 3})
+    assert envs.settings(task, "paper") == {"episode_limit": 7, "clip": 1.0}
+    cpu = envs.settings(task, "cpu")
+    assert (cpu["clip"], cpu["hidden"]) == (2.0, 3) and cpu["batch_size"] == envs.PRESETS["cpu"]["batch_size"]
 
 
 def test_envs_does_not_import_torch_or_a_simulator():
@@ -104,7 +106,8 @@ def test_steps_without_gl_and_without_noise_on_the_terminal():
     )
     environ = {**os.environ, "MUJOCO_GL": "disable"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environ)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "disable\n", "")
+    assert (done.returncode, done.stdout) == (0, "disable\n"), done.stderr
+    assert "robosuite" not in done.stderr
 
 
 def test_render_without_render_mode_says_what_to_do(env):

@@ -63,30 +63,35 @@ from pathlib import Path
 from logbook import load_checkpoint, save_checkpoint
 torch.set_num_threads(1)
 path, cut = Path(sys.argv[1]), 0
-save_checkpoint(path, {"step": 0, "x": torch.zeros(1_000_000)})
-for attempt in range(10):
-    before = load_checkpoint(path)["step"]
+temporary = path.with_name(".last.pt.tmp")
+save_checkpoint(path, {"step": 0, "x": torch.zeros(500_000)})
+for attempt in range(8):
+    before, number, patience = load_checkpoint(path)["step"], path.stat().st_ino, time.monotonic() + 5
+    temporary.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         for step in range(before + 1, 10 ** 9):
-            save_checkpoint(path, {"step": step, "x": torch.full((1_000_000,), float(step))})
-    time.sleep(0.06 + 0.007 * attempt)
+            save_checkpoint(path, {"step": step, "x": torch.full((500_000,), float(step))})
+    # one save is complete and another has begun: now, or a little later
+    while (path.stat().st_ino == number or not temporary.exists()) and time.monotonic() < patience:
+        pass
+    time.sleep(0.0005 * attempt)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    cut += path.with_name(".last.pt.tmp").exists()
+    cut += temporary.exists()
     state = load_checkpoint(path)
-    assert state["step"] >= before and bool((state["x"] == state["step"]).all()), state
-print(cut, state["step"], sorted(os.listdir(path.parent)))
+    assert state["step"] > before and bool((state["x"] == state["step"]).all()), state
+print(cut, len(os.listdir(path.parent)))
 """
 
 
 def test_kill_during_a_save_leaves_a_loadable_checkpoint(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path / "last.pt")], capture_output=True,
-                          text=True, cwd=Path(logbook.__file__).parents[1], timeout=60)
+                          text=True, cwd=Path(logbook.__file__).parents[1], timeout=120)
     assert done.returncode == 0, done.stderr
-    cut, step, *names = done.stdout.split()
-    assert int(cut) > 0 and int(step) > 0, "no kill fell into a save: the test shows nothing"
-    assert "".join(names).count("tmp") <= 1           # interrupted saves do not pile up
+    cut, files = map(int, done.stdout.split())
+    assert cut > 0, "no kill fell into a save: the test shows nothing"
+    assert files <= 2                                 # what interrupted saves leave does not pile up
 
 
 def test_file_reaches_the_disk_before_it_takes_the_name_and_the_folder_after(tmp_path, monkeypatch):
@@ -129,7 +134,8 @@ def test_checkpoint_brings_back_generators_and_optimizers_exactly(tmp_path):
     optimizer.step()
     rng.integers(5, size=3, dtype=np.int32)           # leaves half a draw in the buffer
     state = {"rng": rng.bit_generator.state, "generator": generator.get_state(), "net": net.state_dict(),
-             "optimizer": optimizer.state_dict(), "best": np.float32(0.5), "none": None}
+             "optimizer": optimizer.state_dict(), "best": np.float32(0.5), "none": None,
+             "array": np.arange(3)}
     save_checkpoint(tmp_path / "a.pt", state)
     state = load_checkpoint(tmp_path / "a.pt")
     again = np.random.default_rng()
@@ -138,7 +144,7 @@ def test_checkpoint_brings_back_generators_and_optimizers_exactly(tmp_path):
     expected = torch.rand(4, generator=generator)
     assert torch.equal(torch.rand(4, generator=torch.Generator().set_state(state["generator"])), expected)
     assert type(state["best"]) is float and state["best"] == 0.5 and state["none"] is None
-    assert state["version"] == VERSION
+    assert state["version"] == VERSION and torch.equal(state["array"], torch.arange(3))
     assert torch.equal(state["net"]["weight"], net.weight)
     other = torch.optim.Adam(net.parameters())
     other.load_state_dict(state["optimizer"])
@@ -151,8 +157,8 @@ def test_slice_of_a_big_buffer_costs_only_the_slice(tmp_path):
 
 
 def test_what_could_not_be_loaded_is_refused_when_saved_and_named(tmp_path):
-    with pytest.raises(TypeError, match=r"state\['agent'\]\[1\] is a ndarray"):
-        save_checkpoint(tmp_path / "a.pt", {"agent": [1, np.zeros(3)]})
+    with pytest.raises(TypeError, match=r"state\['agent'\]\[1\] is a PosixPath"):
+        save_checkpoint(tmp_path / "a.pt", {"agent": [1, tmp_path]})
     assert not list(tmp_path.iterdir())
 
 
@@ -239,11 +245,12 @@ def test_unwritable_folder_is_one_sentence_and_exit_code_2(tmp_path, capsys):
 def test_create_on_a_full_disk_leaves_nothing_behind(tmp_path, limit, failing):
     folder = tmp_path / "run"
     columns = ["success" * 10_000] if failing == "progress.csv" else COLUMNS
-    for _ in ("new folder", "folder that was there"):
+    for is_new in (True, False):
         with full_disk(limit), pytest.raises(UserError, match=f"run folder {folder}: File too large"):
             Logbook.create(folder, ARGS, columns)
-        assert not folder.exists() or not list(folder.iterdir())
+        assert folder.exists() != is_new
         folder.mkdir(exist_ok=True)
+        assert not list(folder.iterdir())
 
 
 def test_failed_overwrite_keeps_the_run_when_the_folder_cannot_be_written(book):
@@ -257,6 +264,7 @@ def test_log_fills_the_declared_columns_and_refuses_others(book):
     book.log(10, success=float("nan"), **{"q/mean": torch.tensor(2.0)})
     book.log(20, **{"time/env": np.float32(0.5), "success": None})
     assert rows(book.folder / "progress.csv")[1:] == [["10", "nan", "2.0", ""], ["20", "", "", "0.5"]]
+    assert [step for step, _ in points(book)["success"]] == [10]        # nothing known is not a zero
     with pytest.raises(KeyError, match="sucess"):
         book.log(30, sucess=1.0)
     assert len(rows(book.folder / "progress.csv")) == 3
@@ -441,7 +449,7 @@ def test_curve_is_drawn_from_the_csv_files_alone(book):
         events.unlink()
     assert curve(book.folder) == book.folder / "curve.png"
     found = colors(book.folder / "curve.png")
-    blue, orange, grey, dashed = (0, 114, 178), (213, 94, 0), (153, 153, 153), (76, 76, 76)
+    blue, orange, grey, dashed = (0, 114, 178), (213, 94, 0), (153, 153, 153), (77, 77, 77)
     assert all(found.get(color, 0) > 50 for color in (blue, orange, grey, dashed)), found
     before = (book.folder / "curve.png").read_bytes()
     book.evaluation(2000, "policy", episodes([1]))
@@ -461,8 +469,8 @@ def test_curve_plots_success_in_percent_with_wilson_intervals(book):
     policy = axes.containers[0]
     assert list(policy.lines[0].get_xdata()) == [0, 500, 1000]
     assert list(policy.lines[0].get_ydata()) == [30, 60, 100]
-    lowest = policy.lines[2][0].get_segments()[2][0][1]
-    assert lowest == pytest.approx(100 * wilson(10, 10)[0])
+    bars = [(segment[0, 1], segment[1, 1]) for segment in policy.lines[2][0].get_segments()]
+    assert bars == [pytest.approx(100 * np.array(wilson(successes, 10))) for successes in (3, 6, 10)]
     assert axes.get_title() == "lift, poco, seed 0, preset cpu"
 
 

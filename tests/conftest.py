@@ -1,0 +1,22 @@
+"""Shared by all tests: project files on the path, one thread, no display, repeatable hypothesis runs in CI."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("MUJOCO_GL", "disable")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+torch.set_num_threads(1)
+settings.register_profile("dev", deadline=None, print_blob=True)
+settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+settings.register_profile("mutants", deadline=None, derandomize=True, max_examples=20)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "sim: steps a simulator")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")

@@ -1,0 +1,244 @@
+"""The two training scripts, end to end at toy size: real simulator, real files, exact resume, clear refusals."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import demos
+import train_offline
+import train_online
+from logbook import UserError, load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TOY = ("--preset cpu --hidden 32 --layers 2 --batch-size 16 --flow-steps 2 --episode-limit 25 --workers 1 --device cpu "
+       "--precision float32 --threads 1 --learning-rate 3e-3 --eval-episodes 1 --demo-episodes 2").split()
+ONLINE = TOY + "--num-candidates 4 --warmup-steps 8 --final-episodes 2 --eval-every 1000 --log-every 4 --save-every 10".split()
+pytestmark = pytest.mark.sim
+
+
+@pytest.fixture(scope="session")
+def demo_file(tmp_path_factory):
+    return demos.collect("lift", 2, 3, tmp_path_factory.mktemp("demos") / "lift.hdf5", progress=False)
+
+
+@pytest.fixture(scope="session")
+def stage_one(demo_file, tmp_path_factory):
+    """A finished stage I of 20 steps."""
+    folder = tmp_path_factory.mktemp("bc") / "run"
+    train_offline.main([*TOY, "--demos", str(demo_file), "--pretrain-steps", "20", "--run-dir", str(folder)])
+    return folder
+
+
+def online(folder, demo_file, stage_one, *more):
+    train_online.main([*ONLINE, "--demos", str(demo_file), "--checkpoint", str(stage_one / "last.pt"),
+                       "--run-dir", str(folder), *more])
+    return folder
+
+
+def same(a, b, path=""):
+    """Bitwise equality of two checkpoints, but for wall time and the best evaluation."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for name in a:
+            if name not in ("seconds", "best"):
+                same(a[name], b[name], f"{path}.{name}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b or (a != a and b != b), path
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_stage_one_writes_a_run_folder_and_a_policy_that_loads(stage_one):
+    assert {"args.json", "progress.csv", "eval.csv", "last.pt", "curve.png"} <= {path.name for path in stage_one.iterdir()}
+    losses = [float(row["bc"]) for row in rows(stage_one / "progress.csv")]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert len(rows(stage_one / "eval.csv")) == 1
+
+
+def test_stage_one_resumed_is_bitwise_the_uninterrupted_run(demo_file, stage_one, tmp_path):
+    """20 steps == 12 + resume + 8, optimiser and random numbers included."""
+    command = [*TOY, "--demos", str(demo_file), "--run-dir", str(tmp_path / "run")]
+    train_offline.main([*command, "--pretrain-steps", "12"])
+    train_offline.main(["--resume", str(tmp_path / "run"), "--pretrain-steps", "20"])
+    same(load_checkpoint(tmp_path / "run" / "last.pt"), load_checkpoint(stage_one / "last.pt"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(demo_file, stage_one, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("online") / "run"
+    return online(folder, demo_file, stage_one, "--online-steps", "40")
+
+
+def test_stage_two_logs_every_declared_figure(uninterrupted):
+    last = rows(uninterrupted / "progress.csv")[-1]
+    assert int(last["step"]) == 40 and int(last["updates"]) == 40
+    for name in (*train_online.POCO.stats, *(f"time/{phase}" for phase in train_online.PHASES)):
+        assert np.isfinite(float(last[name])), name
+    assert 0 < float(last["ess"]) <= 1 and 0 <= float(last["alive_mass"]) <= 1
+    acting = [(row["step"], row["acting"]) for row in rows(uninterrupted / "eval.csv")]
+    assert acting == [("0", "policy")] * 2 + [("40", "policy")] * 2 + [("40", "posterior")] * 2
+    assert (uninterrupted / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert (uninterrupted / "best.pt").exists()
+
+
+@pytest.mark.parametrize("first", [18, 26])
+def test_stage_two_resumed_is_bitwise_the_uninterrupted_run(first, demo_file, stage_one, uninterrupted, tmp_path):
+    """40 steps == first + resume + rest: replay, optimisers, pending chunk, simulator and all random numbers.
+
+    18 stops inside a chunk of the first episode, 26 just after an episode of 25 steps.
+    """
+    online(tmp_path / "run", demo_file, stage_one, "--online-steps", str(first))
+    train_online.main(["--resume", str(tmp_path / "run"), "--online-steps", "40"])
+    same(load_checkpoint(tmp_path / "run" / "last.pt"), load_checkpoint(uninterrupted / "last.pt"))
+    steps = [int(row["step"]) for row in rows(tmp_path / "run" / "progress.csv")]
+    assert steps == list(range(4, 41, 4))
+
+
+def test_a_signal_saves_and_exits_with_0_and_the_run_goes_on(demo_file, stage_one, uninterrupted, tmp_path):
+    command = [*ONLINE, "--demos", str(demo_file), "--checkpoint", str(stage_one / "last.pt"), "--run-dir", "run",
+               "--online-steps", "100000"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_online.py"), *command], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and len((tmp_path / "run/progress.csv").read_text().splitlines()
+                                         if (tmp_path / "run/progress.csv").exists() else []) < 4:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "--resume run" in output and "Traceback" not in errors
+    step = load_checkpoint(tmp_path / "run/last.pt")["count"]["step"]
+    train_online.main(["--resume", str(tmp_path / "run"), "--online-steps", str(step + 4)])
+    assert load_checkpoint(tmp_path / "run/last.pt")["count"]["step"] == step + 4
+
+
+def test_guidance_zero_is_behaviour_cloning_and_samples_no_candidate(demo_file, stage_one, tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("the E-step ran although guidance is 0")
+    monkeypatch.setattr(train_online, "e_step", forbidden)
+    folder = online(tmp_path / "run", demo_file, stage_one, "--online-steps", "12", "--guidance", "0", "--act", "posterior")
+    assert rows(folder / "progress.csv")[-1]["surrogate"] == ""
+
+
+def test_the_actor_is_frozen_during_warm_up(demo_file, stage_one, tmp_path):
+    folder = online(tmp_path / "run", demo_file, stage_one, "--online-steps", "12", "--warmup-steps", "12")
+    before, after = load_checkpoint(stage_one / "last.pt")["policy"], load_checkpoint(folder / "last.pt")["agent"]
+    same(before, after["policy"])
+    assert not torch.equal(after["critic"]["out.weight"], after["target"]["out.weight"])
+
+
+def test_a_checkpoint_is_evaluated_with_its_own_arguments(uninterrupted, capsys):
+    train_online.main(["--eval", str(uninterrupted), "--final-episodes", "1"])
+    printed = capsys.readouterr().out
+    assert "acting from the policy: success" in printed and "acting from the posterior: success" in printed
+
+
+def test_acting_from_the_posterior_takes_the_candidate_the_critic_prefers():
+    policy = train_online.make_policy(train_offline.Args(hidden=16, layers=1, flow_steps=1), torch.device("cpu"))
+
+    def critic(_, chunks):                                    # likes a large first action
+        return chunks[..., 0, 0].unsqueeze(0)
+    obs = np.zeros((1, 19), np.float32)
+    chosen = train_offline.Acting(policy, critic, 64, 1e-6)(obs, np.random.default_rng(0))
+    noise = np.random.default_rng(0).standard_normal((1, 64, 5, 7), dtype=np.float32)
+    candidates = policy.sample(policy.encode(torch.zeros(1, 19)), 64, noise=torch.as_tensor(noise))[0]
+    assert chosen[0, 0] == candidates[:, 0, 0].max() and chosen.shape == (5, 7)
+
+
+def test_the_paper_preset_is_tables_2_and_3():
+    args = train_offline.preset_defaults(train_online.Args, "lift", "paper")
+    table = dict(batch_size=256, learning_rate=3e-4, discount=0.99, horizon=5, warmup_steps=5000, num_candidates=32,
+                 temperature=0.001, guidance=1.0, clip=0.15, hidden=512, layers=4, flow_steps=10, updates_per_step=1,
+                 tau=0.005, heads=2, reward_offset=0.0, episode_limit=300)
+    assert {name: getattr(args, name) for name in table} == table
+
+
+def test_flags_win_over_the_preset():
+    args = train_offline.parse(train_online.Args, ["--task", "lift", "--preset", "cpu", "--clip", "inf", "--hidden", "7"])
+    assert args.clip == float("inf") and args.hidden == 7
+    assert args.batch_size == train_offline.preset_defaults(train_online.Args, "lift", "cpu").batch_size
+
+
+def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
+    """A user's likely mistakes: (arguments, what the one line must name)."""
+    truncated, foreign, version = (tmp_path / name for name in ("cut.hdf5", "foreign.hdf5", "old.pt"))
+    truncated.write_bytes(Path(demo_file).read_bytes()[:3000])
+    foreign.write_text("not hdf5")
+    state = torch.load(stage_one / "last.pt", weights_only=True)
+    torch.save(state | {"version": 999}, version)
+    (tmp_path / "file").write_text("")
+    start = ["--demos", str(demo_file), "--checkpoint", str(stage_one / "last.pt")]
+    return {
+        "unknown task": (["--task", "lfit"], "lift, can, square"),
+        "no such demonstrations": (["--demos", str(tmp_path / "none.hdf5"), *start[2:]], "none.hdf5"),
+        "truncated demonstrations": (["--demos", str(truncated), *start[2:]], "cut.hdf5"),
+        "foreign demonstrations": (["--demos", str(foreign), *start[2:]], "foreign.hdf5"),
+        "no such checkpoint": ([*start[:2], "--checkpoint", str(tmp_path / "none.pt")], "none.pt"),
+        "another version": ([*start[:2], "--checkpoint", str(version)], "999"),
+        "other networks": ([*start, "--hidden", "48"], "--hidden"),
+        "another task": (["--resume", str(uninterrupted), "--task", "can"], "lift"),
+        "resume nothing": (["--resume", str(tmp_path / "nowhere")], "nowhere"),
+        "a run is there": ([*start, "--run-dir", str(uninterrupted)], "--overwrite"),
+        "unwritable folder": ([*start, "--run-dir", str(tmp_path / "file" / "run")], "file"),
+        "temperature 0": ([*start, "--temperature", "0", "--warmup-steps", "0"], "temperature"),
+    }
+
+
+@pytest.mark.parametrize("name", list(bad_commands.__doc__ and [
+    "unknown task", "no such demonstrations", "truncated demonstrations", "foreign demonstrations", "no such checkpoint",
+    "another version", "other networks", "another task", "resume nothing", "a run is there", "unwritable folder",
+    "temperature 0"]))
+def test_a_mistake_gets_one_clear_sentence(name, demo_file, stage_one, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, named = bad_commands(demo_file, stage_one, uninterrupted, tmp_path)[name]
+    before = load_checkpoint(uninterrupted / "last.pt")
+    argv = argv if "--resume" in argv or "--task" in argv else [*ONLINE, "--run-dir", str(tmp_path / "new"), *argv]
+    with pytest.raises(UserError, match="(?s)" + named) as caught:
+        train_online.main(argv)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert not (tmp_path / "new").exists() and not (tmp_path / "runs").exists()
+    same(load_checkpoint(uninterrupted / "last.pt"), before)
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "train_online.py"), "--task", "lfit"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "lift" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_divergence_stops_the_run_and_the_last_good_checkpoint_stays(demo_file, stage_one, tmp_path):
+    with pytest.raises(UserError, match="step"):
+        online(tmp_path / "run", demo_file, stage_one, "--online-steps", "40", "--learning-rate", "1e30",
+               "--save-every", "1", "--warmup-steps", "4")
+    path = tmp_path / "run" / "last.pt"
+    if path.exists():                                        # the first update may already be the bad one
+        agent = load_checkpoint(path)["agent"]
+        assert all(torch.isfinite(value).all() for net in ("policy", "critic") for value in agent[net].values())
+
+
+def test_both_stages_from_the_command_line_with_task_as_the_only_needed_flag(tmp_path):
+    """Makes its own demonstrations, runs stage I by itself, then stage II, acting from the posterior, in two workers."""
+    argv = [*ONLINE, "--task", "lift", "--pretrain-steps", "10", "--online-steps", "16", "--act", "posterior",
+            "--workers", "2"]
+    done = subprocess.run([sys.executable, str(ROOT / "train_online.py"), *argv], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, "MUJOCO_GL": "disable"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/lift-bc-s0/last.pt").exists() and (tmp_path / "runs/lift-poco-s0/curve.png").exists()
+    assert json.loads((tmp_path / "runs/lift-poco-s0/args.json").read_text())["args"]["act"] == "posterior"
