@@ -34,6 +34,7 @@ class Args(OfflineArgs):
     discount: float = 0.99            # gamma, per environment step
     heads: int = 2                    # critic heads, averaged
     tau: float = 0.005                # rate of the target critic's moving average
+    policy_tau: float = 1.0           # rate of the acting policy's moving average; 1 acts with the newest weights (paper)
     num_candidates: int = 32          # N, candidates per state in the E-step
     temperature: float = 0.001        # eta: how greedily the posterior follows Q
     guidance: float = 1.0             # beta, weight of the posterior against behaviour cloning; 0 is behaviour cloning
@@ -65,6 +66,7 @@ class POCO:
         self.critic = ChunkCritic(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.heads)
         self.critic.to(self.device).set_normalizer(policy.obs_mean, policy.obs_std)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.actor = copy.deepcopy(policy).requires_grad_(False)          # what acts and what is delivered
         fused = self.device.type != "mps"
         self.actor_optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.learning_rate, fused=fused)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.learning_rate, fused=fused)
@@ -72,8 +74,8 @@ class POCO:
     def acting(self, mode):
         """The callable that acts: "policy" draws from the policy, "posterior" from the online critic's posterior."""
         if mode == "policy":
-            return Acting(self.policy)
-        return Acting(self.policy, self.critic, self.args.num_candidates, self.args.temperature)
+            return Acting(self.actor)
+        return Acting(self.actor, self.critic, self.args.num_candidates, self.args.temperature)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16")
@@ -100,11 +102,12 @@ class POCO:
                 loss, actor_stats = m_step_loss(policy, context, batch.chunk, batch.valid, candidates, weights,
                                                 args.guidance, args.clip)
             minimise(loss, self.actor_optimizer)
+            ema_update(self.actor, policy, args.policy_tau)
         return stats | posterior_stats | actor_stats
 
     def state_dict(self):
         return {name: getattr(self, name).state_dict() for name in
-                ("policy", "critic", "target", "actor_optimizer", "critic_optimizer")}
+                ("policy", "actor", "critic", "target", "actor_optimizer", "critic_optimizer")}
 
     def load_state_dict(self, state):
         for name, value in state.items():

@@ -140,6 +140,7 @@ def test_the_actor_is_frozen_during_warm_up(demo_file, stage_one, tmp_path):
     folder = online(tmp_path / "run", demo_file, stage_one, "--online-steps", "12", "--warmup-steps", "12")
     before, after = load_checkpoint(stage_one / "last.pt")["policy"], load_checkpoint(folder / "last.pt")["agent"]
     same(before, after["policy"])
+    same(before, after["actor"])
     assert not torch.equal(after["critic"]["out.weight"], after["target"]["out.weight"])
 
 
