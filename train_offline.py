@@ -99,6 +99,14 @@ def resolve_preset(preset):
 
 def setup(args):
     """Device, precision and seeds, said aloud. Returns the device."""
+    positive = ("horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate", "eval_episodes", "workers",
+                "demo_episodes", "num_candidates", "heads", "discount", "tau", "policy_tau", "log_every", "save_every", "eval_every")
+    for name in positive:
+        if not getattr(args, name, 1) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
+    for name, least in (("temperature", 1e-6), ("clip", 0.0), ("guidance", 0.0)):
+        if not getattr(args, name, 1.0) >= least:
+            raise UserError(f"--{name} must be at least {least:g}, got {getattr(args, name)}")
     preset, why = resolve_preset(args.preset)
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
@@ -232,12 +240,13 @@ def stage_one(args, device):
     """The run folder's finished checkpoint; trains it, or finishes it, when it is not there yet. None if interrupted."""
     folder = Path(args.resume or args.run_dir or f"runs/{args.task}-bc-s{args.seed}")
     stored = dataclasses.asdict(args) | {"method": "bc"}
-    state = None
+    data, state = demonstrations(args), None
     if (folder / "last.pt").is_file() and not args.overwrite:
         book = Logbook.resume(folder, COLUMNS, task=args.task, method="bc")
         same = ("demos", "demo_episodes", "horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate",
                 "normalize", "pretrain_steps", "seed")
-        changed = [name for name in same if book.args.get(name) != stored[name]]
+        changed = [name for name in same if book.args.get(name) != stored[name]
+                   and not (args.resume and name == "pretrain_steps")]           # resuming may train for longer
         if changed:
             raise UserError(f"{folder} was trained with another {', '.join(changed)}: choose another folder with "
                             "--run-dir DIR or replace it with --overwrite")
@@ -246,7 +255,7 @@ def stage_one(args, device):
         print(f"{folder}: stage I at step {state['step']} of {args.pretrain_steps}", flush=True)
     else:
         book = Logbook.create(folder, stored, COLUMNS, overwrite=args.overwrite)
-    policy = pretrain(args, demonstrations(args), device, book, state)
+    policy = pretrain(args, data, device, book, state)
     book.close()
     return None if policy is None else (policy, book)
 

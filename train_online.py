@@ -6,8 +6,8 @@
     python train_online.py --eval runs/lift-poco-s0 --video       # evaluates its checkpoint
 
 Writes runs/<task>-poco-s<seed>/ with args.json, progress.csv, eval.csv, TensorBoard events, last.pt, best.pt, curve.png.
-Below: POCO's update, then a loop that knows only an agent with act, update and state_dict, so that a baseline is a file
-with such an agent. Not here: the E-step and M-step (poco.py), the networks (flow_policy.py, chunk_critic.py).
+Below: POCO's update, then a loop that knows only an agent with acting, update and state_dict, so that a baseline is a
+file with such an agent. Not here: the E-step and M-step (poco.py), the networks (flow_policy.py, chunk_critic.py).
 """
 import copy
 import dataclasses
@@ -120,120 +120,162 @@ def minimise(loss, optimizer):
     optimizer.step()
 
 
-# ---- the loop: any agent with act, update and state_dict -------------------------------------------------------------
+# ---- the loop: any agent with acting, update and state_dict ----------------------------------------------------------
 
 PHASES = ("env", "act", "critic", "e_step", "m_step", "eval")
 COLUMNS = ("warmup", "success", "episodes", "updates", "env_steps_per_s", "updates_per_s")
 
 
-class Meter:
-    """Means of the update statistics over a log interval, summed on the device so that no update waits for the CPU."""
+class Interaction:
+    """Algorithm 1's interaction thread: one chunk from the policy, executed open loop, every transition into the replay.
 
-    def __init__(self, sums=()):
-        self.sums = dict(sums)
+    Holds all that a resumed run needs besides the agent, with one random generator per purpose, so that what one part
+    draws never shifts another.
+    """
 
-    def add(self, stats):
-        for name, value in stats.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value, count + 1)
+    def __init__(self, args, agent, clock):
+        self.args, self.clock, task = args, clock, envs.TASKS[args.task]
+        self.replay = ChunkReplay(args.capacity, task.obs_dim, task.action_dim, args.horizon, args.discount, agent.device)
+        self.act_rng, self.episode_rng = np.random.default_rng([args.seed, 1]), np.random.default_rng([args.seed, 2])
+        self.batch_rng = torch.Generator(agent.device).manual_seed(args.seed + 1)
+        acting = agent.acting(args.act)
 
-    def means(self):
-        means, self.sums = {name: float(total) / count for name, (total, count) in self.sums.items()}, {}
-        return means
+        def act(obs):
+            with clock("act"):
+                return acting(obs[None], self.act_rng)
 
+        self.runner = envs.ChunkRunner(envs.make_env(args.task, episode_limit=args.episode_limit), act)
+        self.steps, self.episodes, self.recent = 0, 0, []
 
-class Randomness:
-    """One generator per purpose, so that what one part draws never shifts another; saved and restored together."""
+    def start(self, demonstrations):
+        offset = self.args.reward_offset
+        self.replay.extend(demonstrations | {"reward": demonstrations["reward"] + offset})
+        self.runner.reset(self._episode_seed())
 
-    def __init__(self, seed, device):
-        self.act, self.episodes = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
-        self.batches = torch.Generator(device).manual_seed(seed + 1)
+    def step(self):
+        """One environment step into the replay; a new episode when the old one has ended."""
+        with self.clock("env"):
+            move = self.runner.step()
+            self.replay.add(move.obs, move.action, move.reward + self.args.reward_offset, move.next_obs, move.terminated,
+                            move.truncated)
+            self.steps += 1
+            if move.terminated or move.truncated:
+                self.episodes += 1
+                self.recent = [*self.recent[-19:], float(move.success)]
+                self.runner.reset(self._episode_seed())
+
+    def batch(self):
+        return self.replay.sample(self.args.batch_size, self.batch_rng)
+
+    def success(self):
+        """Share of the last 20 episodes, None before the first has ended."""
+        return sum(self.recent) / len(self.recent) if self.recent else None
+
+    def _episode_seed(self):
+        return int(self.episode_rng.integers(EVAL_SEED))
 
     def state_dict(self):
-        return {"act": self.act.bit_generator.state, "episodes": self.episodes.bit_generator.state,
-                "batches": self.batches.get_state(), "torch": torch.get_rng_state()}
+        return {"replay": self.replay.state_dict(), "runner": self.runner.state_dict(), "steps": self.steps,
+                "episodes": self.episodes, "recent": self.recent, "act_rng": self.act_rng.bit_generator.state,
+                "episode_rng": self.episode_rng.bit_generator.state, "batch_rng": self.batch_rng.get_state(),
+                "torch_rng": torch.get_rng_state()}
 
     def load_state_dict(self, state):
-        self.act.bit_generator.state, self.episodes.bit_generator.state = state["act"], state["episodes"]
-        self.batches.set_state(state["batches"])
-        torch.set_rng_state(state["torch"])
-
-    def episode_seed(self):
-        return int(self.episodes.integers(EVAL_SEED))
+        self.replay.load_state_dict(state["replay"])
+        self.runner.load_state_dict(state["runner"])
+        self.steps, self.episodes, self.recent = state["steps"], state["episodes"], state["recent"]
+        self.act_rng.bit_generator.state = state["act_rng"]
+        self.episode_rng.bit_generator.state = state["episode_rng"]
+        self.batch_rng.set_state(state["batch_rng"])
+        torch.set_rng_state(state["torch_rng"])
 
 
 def train(args, agent, data, clock, book, state=None):
     """Interact, learn, log, evaluate and save until online_steps. Returns False if the user interrupted."""
-    task, device = envs.TASKS[args.task], agent.device
-    replay = ChunkReplay(min(args.capacity, len(data["obs"]) + args.online_steps), task.obs_dim, task.action_dim,
-                         args.horizon, args.discount, device)
-    rng, meter = Randomness(args.seed, device), Meter()
-    acting = agent.acting(args.act)
-
-    def act(obs):
-        with clock("act"):
-            return acting(obs[None], rng.act)
-
-    runner = envs.ChunkRunner(envs.make_env(args.task, episode_limit=args.episode_limit), act)
-    count = {"step": 0, "episodes": 0, "updates": 0, "best": -1.0, "recent": [], "seconds": dict.fromkeys(PHASES, 0.0)}
-    parts = {"agent": agent, "replay": replay, "runner": runner, "rng": rng}
+    world, report = Interaction(args, agent, clock), Report(args, book, clock)
     if state is None:
-        replay.extend(data | {"reward": data["reward"] + args.reward_offset})
-        runner.reset(rng.episode_seed())
+        world.start(data)
     else:
-        for name, part in parts.items():
+        for name, part in (("agent", agent), ("world", world), ("report", report)):
             part.load_state_dict(state[name])
-        meter, count = Meter(state["meter"]), state["count"]
-
-    def save(name):
-        state = {name: part.state_dict() for name, part in parts.items()} | {"meter": meter.sums, "count": count}
-        refuse_nonfinite(state["agent"], count["step"], book)
-        book.save(name, state)
-
     with Interrupt() as interrupt, envs.Evaluator(args.task, args.workers, args.episode_limit) as evaluator, \
-            Progress("", args.online_steps, args.log_every, count["step"], count["updates"]) as bar:
-        if count["step"] == 0:
+            Progress("", args.online_steps, args.log_every, world.steps, report.updates) as bar:
+        if world.steps == 0:
             evaluate(args, agent, evaluator, args.final_episodes, 0, book, bar)
         clock.split()
-        while count["step"] < args.online_steps:
-            step = count["step"] = count["step"] + 1
-            warmup = step <= args.warmup_steps
+        while world.steps < args.online_steps:
+            warmup = world.steps < args.warmup_steps
             try:
-                with clock("env"):
-                    interact(args, runner, replay, rng, count)
+                world.step()
                 for _ in range(args.updates_per_step):
-                    meter.add(agent.update(replay.sample(args.batch_size, rng.batches), warmup))
-                    count["updates"] += 1
+                    report.add(agent.update(world.batch(), warmup))
             except ValueError as error:                       # a non-finite action, transition or Q
-                raise UserError(f"stopped at step {step}: {error}. {book.folder}/last.pt is the last good checkpoint") from error
-            last, success = step == args.online_steps, np.mean(count["recent"]) if count["recent"] else None
+                raise UserError(f"stopped at step {world.steps}: {error}. {book.folder}/last.pt is the last good "
+                                "checkpoint") from error
+            step, last = world.steps, world.steps == args.online_steps
             bar.stage = "critic warm-up" if warmup else agent.name
-            bar.update(step, count["updates"], success)
+            bar.update(step, report.updates, world.success())
             if step % args.log_every == 0:
-                log(args, book, warmup, count, success, meter.means(), clock.split())
+                report.write(world, warmup)
             if step % args.eval_every == 0 or last:
                 with clock("eval"):
-                    episodes = args.final_episodes if last else args.eval_episodes
-                    rate = evaluate(args, agent, evaluator, episodes, step, book, bar)
-                if rate > count["best"] and not warmup:
-                    count["best"] = rate
-                    save("best.pt")
+                    rate = evaluate(args, agent, evaluator, args.final_episodes if last else args.eval_episodes, step, book, bar)
+                if rate > report.best and not warmup:
+                    report.best = rate
+                    save(book, "best.pt", agent, world, report)
             if step % args.save_every == 0 or last or interrupt.stop:
-                save("last.pt")
+                save(book, "last.pt", agent, world, report)
             if interrupt.stop and not last:
                 bar.write(f"saved at step {step}; continue with --resume {book.folder}")
                 return False
+        bar.write(report.time_split())
     return True
 
 
-def interact(args, runner, replay, rng, count):
-    """One environment step into the replay; a new episode when the old one has ended."""
-    move = runner.step()
-    replay.add(move.obs, move.action, move.reward + args.reward_offset, move.next_obs, move.terminated, move.truncated)
-    if move.terminated or move.truncated:
-        count["episodes"] += 1
-        count["recent"] = [*count["recent"][-19:], float(move.success)]
-        runner.reset(rng.episode_seed())
+class Report:
+    """Means of the update statistics over a log interval, summed on the device so that no update waits for the CPU."""
+
+    def __init__(self, args, book, clock):
+        self.args, self.book, self.clock = args, book, clock
+        self.sums, self.updates, self.best, self.seconds = {}, 0, -1.0, dict.fromkeys(PHASES, 0.0)
+
+    def add(self, stats):
+        self.updates += 1
+        for name, value in stats.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)
+
+    def write(self, world, warmup):
+        """A row of progress.csv."""
+        means, self.sums = {name: float(total) / count for name, (total, count) in self.sums.items()}, {}
+        seconds = self._split()
+        busy, steps = sum(seconds.values()), self.args.log_every
+        self.book.log(world.steps, warmup=int(warmup), success=world.success(), episodes=world.episodes,
+                      updates=self.updates, env_steps_per_s=steps / busy,
+                      updates_per_s=steps * self.args.updates_per_step / busy, **means,
+                      **{f"time/{name}": value for name, value in seconds.items()})
+
+    def time_split(self):
+        self._split()
+        parts = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
+        return f"stage II took {sum(self.seconds.values()):.0f} s: {parts}"
+
+    def _split(self):
+        seconds = {name: 0.0 for name in PHASES} | self.clock.split()
+        self.seconds = {name: self.seconds[name] + seconds[name] for name in PHASES}
+        return seconds
+
+    def state_dict(self):
+        return {"sums": self.sums, "updates": self.updates, "best": self.best, "seconds": self.seconds}
+
+    def load_state_dict(self, state):
+        self.sums, self.updates, self.best, self.seconds = (state[name] for name in ("sums", "updates", "best", "seconds"))
+
+
+def save(book, name, agent, world, report):
+    state = {"agent": agent.state_dict(), "world": world.state_dict(), "report": report.state_dict()}
+    refuse_nonfinite(state["agent"], world.steps, book)
+    book.save(name, state)
 
 
 def evaluate(args, agent, evaluator, episodes, step, book, bar):
@@ -245,17 +287,6 @@ def evaluate(args, agent, evaluator, episodes, step, book, bar):
         bar.write(f"step {step}, acting from the {mode}: success {result}")
         rates[mode] = result.success_rate
     return rates["policy"]
-
-
-def log(args, book, warmup, count, success, means, seconds):
-    """A row of progress.csv."""
-    seconds = {name: seconds.get(name, 0.0) for name in PHASES}
-    for name, value in seconds.items():
-        count["seconds"][name] += value
-    busy = sum(seconds.values())
-    book.log(count["step"], warmup=int(warmup), success=success, episodes=count["episodes"], updates=count["updates"],
-             env_steps_per_s=args.log_every / busy, updates_per_s=args.log_every * args.updates_per_step / busy, **means,
-             **{f"time/{name}": value for name, value in seconds.items()})
 
 
 def refuse_nonfinite(state, step, book, where="agent"):
@@ -276,10 +307,11 @@ def main(argv=None, args_class=Args, agent_class=POCO):
     columns = [*COLUMNS, *agent_class.stats, *(f"time/{name}" for name in PHASES)]
     if args.eval:
         return evaluate_checkpoint(args, agent_class(args, make_policy(args, device), clock), folder)
+    data = demonstrations(args)           # bad files are refused before anything is written
     if args.resume:
         book = Logbook.resume(folder, columns, task=args.task, method=agent_class.name)
         state = book.load("last.pt")
-        book.rewind(state["count"]["step"])
+        book.rewind(state["world"]["steps"])
         policy = make_policy(args, device)
     else:
         state = None
@@ -290,7 +322,7 @@ def main(argv=None, args_class=Args, agent_class=POCO):
         book = Logbook.create(folder, stored, columns, overwrite=args.overwrite)
     torch.manual_seed(args.seed)          # the same whether stage I ran just now or its checkpoint was loaded
     agent = agent_class(args, policy, clock)
-    if train(args, agent, demonstrations(args), clock, book, state):
+    if train(args, agent, data, clock, book, state):
         print(f"done: {curve(book.folder)}")
         if args.video:
             envs.record(agent.acting("policy"), args.task, book.folder / "policy.mp4", 4, EVAL_SEED, args.episode_limit)

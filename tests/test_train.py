@@ -123,9 +123,9 @@ def test_a_signal_saves_and_exits_with_0_and_the_run_goes_on(demo_file, stage_on
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "--resume run" in output and "Traceback" not in errors
-    step = load_checkpoint(tmp_path / "run/last.pt")["count"]["step"]
+    step = load_checkpoint(tmp_path / "run/last.pt")["world"]["steps"]
     train_online.main(["--resume", str(tmp_path / "run"), "--online-steps", str(step + 4)])
-    assert load_checkpoint(tmp_path / "run/last.pt")["count"]["step"] == step + 4
+    assert load_checkpoint(tmp_path / "run/last.pt")["world"]["steps"] == step + 4
 
 
 def test_guidance_zero_is_behaviour_cloning_and_samples_no_candidate(demo_file, stage_one, tmp_path, monkeypatch):
