@@ -79,7 +79,7 @@ def critic_loss(critic: nn.Module, obs: Tensor, chunk: Tensor, target: Tensor) -
     """Squared TD error of every head: obs (B, D), chunk (B, H, A) from the replay, target (B,)."""
     q = critic(obs, chunk.unsqueeze(1)).squeeze(-1)                               # (M, B)
     loss = (q - target.detach()).square().mean()                                  # Eq. 14
-    return loss, {"critic": loss.detach(), "q_data": q.detach().mean(), "target": target.mean()}
+    return loss, {"critic": loss.detach(), "q_data": q.detach().mean(), "target": target.detach().mean()}
 
 
 @torch.no_grad()

@@ -68,7 +68,8 @@ class FlowPolicy(nn.Module):
         """
         steps = steps or self.flow_steps
         if noise is None:
-            noise = torch.randn(len(context), n, self.horizon, self.action_dim, device=context.device)
+            noise = torch.randn(len(context), n, self.horizon, self.action_dim, device=context.device,
+                                dtype=context.dtype)
         x = noise
         for k in range(steps):
             t = torch.full(x.shape[:2], k / steps, device=x.device, dtype=x.dtype)

@@ -76,7 +76,7 @@ def e_step(policy, q_fn, context, num_candidates: int, temperature: float) -> tu
     Returns candidates (B, N, H, A), weights (B, N) and stats; nothing carries a gradient.
     """
     candidates = policy.sample(context, num_candidates)                                  # (B, N, H, A)
-    q = q_fn(context, candidates).float()                                                # (B, N)
+    q = _upcast(q_fn(context, candidates))                                               # (B, N)
     weights = posterior_weights(q, temperature)
     entropy = -torch.xlogy(weights, weights).sum(-1)
     stats = {"q_mean": q.mean(), "q_min": q.min(), "q_max": q.max(), "q_spread": q.std(-1, correction=0).mean(),
@@ -94,7 +94,7 @@ def m_step_loss(policy, context, chunk: Tensor, valid: Tensor | None, candidates
     chunk's cells, so `clip` has the same meaning for every horizon and action size. Returns the loss and stats;
     clip_frac is the share of candidates above clip, alive_mass the posterior weight that still gets a gradient.
     """
-    bc = policy.cfm_loss(context, chunk.unsqueeze(1), valid=valid).mean()                # Eq. 24
+    bc = policy.cfm_loss(context, chunk.unsqueeze(1), valid=valid).mean()
     if guidance == 0:
         return bc, {"bc": bc.detach()}
     losses = policy.cfm_loss(context, candidates.detach())                               # (B, N)
@@ -103,7 +103,7 @@ def m_step_loss(policy, context, chunk: Tensor, valid: Tensor | None, candidates
     loss = bc + beta * surrogate                                                         # Eq. 23
     alive = losses.detach() <= clip
     stats = {"bc": bc.detach(), "surrogate": surrogate.detach(), "clip_frac": 1 - alive.float().mean(),
-             "alive_mass": (weights * alive).sum(-1).mean()}
+             "alive_mass": (weights.detach() * alive).sum(-1).mean()}
     return loss, stats
 
 

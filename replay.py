@@ -63,6 +63,10 @@ class ChunkReplay:
             raise ValueError(f"the buffer of {self.capacity} is full of {self.demos} demonstration steps: raise capacity")
         row = dict(zip(FIELDS, (obs, action, reward, next_obs, terminated, truncated)))
         row = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in row.items()}
+        for name, value in row.items():
+            if value.shape != self.data[name].shape[1:]:                              # else it would be broadcast
+                raise ValueError(f"transition: '{name}' has shape {tuple(value.shape)}, "
+                                 f"expected {tuple(self.data[name].shape[1:])}")
         if not all(bool(torch.isfinite(value).all()) for value in row.values()):
             raise ValueError("transition with a non-finite value refused: check the simulator, the reward and the policy")
         for name, value in row.items():
@@ -78,7 +82,7 @@ class ChunkReplay:
         """
         if self.online:
             raise ValueError("demonstrations must be added before the first online transition")
-        rows = {name: torch.as_tensor(np.asarray(transitions[name]), dtype=torch.float32) for name in FIELDS}
+        rows = {name: torch.tensor(np.asarray(transitions[name]), dtype=torch.float32) for name in FIELDS}
         count = len(rows["obs"])
         for name, value in rows.items():
             if value.shape != (count, *self.data[name].shape[1:]):
@@ -96,7 +100,6 @@ class ChunkReplay:
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Batch:
         """Chunks with start points uniform over all stored steps; generator lives on the buffer's device."""
-        ring = self.capacity - self.demos
         starts = self.demos + self.online - min(self.tail, self.horizon - 1)      # an open tail is not complete yet
         if starts <= 0:
             raise ValueError("nothing to sample: the replay holds no complete chunk")

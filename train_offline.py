@@ -100,7 +100,7 @@ def resolve_preset(preset):
 def setup(args):
     """Device, precision and seeds, said aloud. Returns the device."""
     positive = ("horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate", "eval_episodes", "workers",
-                "demo_episodes", "num_candidates", "heads", "discount", "tau", "policy_tau", "log_every", "save_every", "eval_every")
+                "demo_episodes", "num_candidates", "heads", "discount", "tau", "policy_tau", "capacity", "log_every", "save_every", "eval_every")
     for name in positive:
         if not getattr(args, name, 1) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")

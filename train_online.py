@@ -43,7 +43,7 @@ class Args(OfflineArgs):
     warmup_steps: int = 5000          # first steps with a frozen actor: only the critic learns
     online_steps: int = 500_000       # environment steps in total, warm-up included
     updates_per_step: int = 1         # gradient updates per environment step
-    capacity: int = 2_000_000         # transitions in the replay, demonstrations included
+    capacity: int = 1_000_000         # online transitions kept beside the demonstrations; the oldest are forgotten first
     eval_every: int = 10_000          # environment steps between evaluations
     final_episodes: int = 100         # episodes of the last evaluation
     log_every: int = 500              # environment steps between rows of progress.csv
@@ -133,9 +133,10 @@ class Interaction:
     draws never shifts another.
     """
 
-    def __init__(self, args, agent, clock):
+    def __init__(self, args, agent, clock, demo_steps):
         self.args, self.clock, task = args, clock, envs.TASKS[args.task]
-        self.replay = ChunkReplay(args.capacity, task.obs_dim, task.action_dim, args.horizon, args.discount, agent.device)
+        self.replay = ChunkReplay(demo_steps + args.capacity, task.obs_dim, task.action_dim, args.horizon, args.discount,
+                                  agent.device)
         self.act_rng, self.episode_rng = np.random.default_rng([args.seed, 1]), np.random.default_rng([args.seed, 2])
         self.batch_rng = torch.Generator(agent.device).manual_seed(args.seed + 1)
         acting = agent.acting(args.act)
@@ -192,7 +193,7 @@ class Interaction:
 
 def train(args, agent, data, clock, book, state=None):
     """Interact, learn, log, evaluate and save until online_steps. Returns False if the user interrupted."""
-    world, report = Interaction(args, agent, clock), Report(args, book, clock)
+    world, report = Interaction(args, agent, clock, len(data["obs"])), Report(args, book, clock)
     if state is None:
         world.start(data)
     else:

@@ -211,13 +211,21 @@ class Logbook:
             if name not in self.columns:
                 raise KeyError(f"{name} is not a column of {self.folder}/progress.csv: declare it in columns")
         scalars = {k: v.item() if hasattr(v, "item") else v for k, v in scalars.items() if v is not None}
-        self._append("progress.csv", [[{"step": step, **scalars}.get(name, "") for name in self.columns]])
+        row, path = {"step": step, **scalars}, self.folder / "progress.csv"
+        with _writing(path), open(path, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([row.get(name, "") for name in self.columns])
         self._scalars(step, scalars)
 
     def evaluation(self, step, acting, rows):
-        """One row of eval.csv per episode; `rows` are dicts with seed, success, length and return."""
+        """One row of eval.csv per episode; `rows` are dicts with seed, success, length and return.
+
+        All of them or none, and an evaluation that is repeated at the same step replaces the earlier one.
+        """
         rows = [{**row, "step": step, "acting": acting, "success": int(row["success"])} for row in rows]
-        self._append("eval.csv", [[row[name] for name in EVAL_COLUMNS] for row in rows])
+        path = self.folder / "eval.csv"
+        kept = [row for row in _read_csv(path)[1:] if row[:2] != [str(step), acting]]
+        with _writing(path):
+            self._rewrite(path.name, EVAL_COLUMNS, kept + [[row[name] for name in EVAL_COLUMNS] for row in rows])
         if rows:
             rate = sum(row["success"] for row in rows) / len(rows)
             self._scalars(step, {f"eval/success_{acting}": rate})
@@ -244,13 +252,9 @@ class Logbook:
             self._events.close()
         self._events = None
 
-    def _append(self, name, rows):
-        with _writing(self.folder / name), open(self.folder / name, "a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-
     def _rewrite(self, name, header, rows):
         with _replacing(self.folder / name) as file:
-            file.write("".join(",".join(row) + "\n" for row in [header, *rows]).encode())
+            file.write("".join(",".join(map(str, row)) + "\n" for row in [header, *rows]).encode())
 
     def _scalars(self, step, values):
         # tensorboard's own SummaryWriter works in a thread, where a full disk is a traceback nobody can catch

@@ -1,7 +1,9 @@
 """The environments: seeding, exact replay, the queue of pending actions, episode ends, evaluation."""
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +334,48 @@ def test_evaluation_does_not_depend_on_workers_and_a_pool_can_be_used_again():
             pool.run(FailingPolicy(), 3, seed=0)
         assert same(alone, pool.run(RandomPolicy(), 5, seed=50)) and same(later, pool.run(RandomPolicy(), 2, seed=53))
         assert same(alone, pool.run(RandomPolicy(), 5, seed=50))
+
+
+POOL_SCRIPT = """
+import gymnasium, numpy, envs
+
+class Env(gymnasium.Env):
+    action_space, episode_seed = gymnasium.spaces.Box(-1, 1, (1,)), 0
+    def __init__(self, *_): pass
+    def reset(self, seed=None): return numpy.zeros(1), {}
+    def step(self, action): return numpy.zeros(1), 0.0, False, True, {"success": False}
+
+class Policy:
+    def __call__(self, obs, rng): return numpy.zeros((1, 1))
+
+envs.SUITES["fake"] = Env
+if __name__ == "__main__":
+    pool = envs.Evaluator(envs.Task("fake", "fake", "", 1, 1, 1, (), (), ""), workers=2)
+    pool.run(Policy(), 2, 0)
+    print(*[process.pid for process, _ in pool._pool], flush=True)
+    pool.run(Policy(), 10_000_000, 0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_workers_end_with_their_parent_and_in_silence(tmp_path, name):
+    script = tmp_path / "script.py"
+    script.write_text(POOL_SCRIPT)
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=open(tmp_path / "errors", "w"), text=True,
+    )
+    workers = [Path("/proc") / pid for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    sent = getattr(signal, name)
+    os.killpg(parent.pid, sent) if name == "SIGINT" else os.kill(parent.pid, sent)  # Ctrl-C reaches the whole group
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while any(worker.exists() and worker.joinpath("stat").read_text().split()[2] != "Z" for worker in workers):
+        assert time.monotonic() < deadline, "workers outlived their parent"
+        time.sleep(0.02)
+    assert (tmp_path / "errors").read_text().count("Traceback") == (name == "SIGINT")  # the parent's own
 
 
 def test_an_episodes_randomness_is_its_own(env):

@@ -270,11 +270,16 @@ def test_log_fills_the_declared_columns_and_refuses_others(book):
     assert len(rows(book.folder / "progress.csv")) == 3
 
 
-def test_evaluation_writes_one_row_per_episode(book):
-    book.evaluation(50, "posterior", episodes([1, 0]))
+def test_evaluation_writes_one_row_per_episode_once(book):
+    book.evaluation(50, "posterior", episodes([0, 0, 0]))
+    book.evaluation(50, "posterior", episodes([1, 0]))        # done again after a resume
     assert rows(book.folder / "eval.csv")[1:] == [["50", "posterior", "100", "1", "40", "1.0"],
                                                   ["50", "posterior", "101", "0", "41", "0.0"]]
-    assert points(book)["eval/success_posterior"] == [(50, 0.5)]
+    assert points(book)["eval/success_posterior"][-1] == (50, 0.5)
+    book.evaluation(50, "policy", episodes([1]))
+    book.evaluation(60, "policy", episodes([1]))
+    assert [row[:2] for row in rows(book.folder / "eval.csv")[1:]] == [["50", "posterior"]] * 2 + [
+        ["50", "policy"], ["60", "policy"]]
 
 
 def points(book):
@@ -321,12 +326,11 @@ def test_resume_refuses_what_is_not_the_run_asked_for(book, tmp_path):
 
 
 def test_full_disk_while_logging_is_the_users_error(book):
-    with full_disk(200), pytest.raises(UserError, match="progress.csv: File too large"):
-        for step in range(100):
-            book._append("progress.csv", [[step, 0.5, 1.0, 2.0]])
+    with full_disk(30), pytest.raises(UserError, match="progress.csv: File too large"):
+        book.log(0, success=0.5)
     with full_disk(200), pytest.raises(UserError, match="TensorBoard events: File too large"):
-        for step in range(100):
-            book._scalars(step, {"success": 0.5})
+        for step in range(10):                        # events take more room than rows
+            book.log(step, success=0.5)
 
 
 # signals, time, progress
@@ -363,7 +367,7 @@ def test_forked_worker_ignores_ctrl_c_and_can_be_terminated():
     with Interrupt():
         child = os.fork()
         if child == 0:
-            time.sleep(5)
+            time.sleep(60)
             os._exit(0)
         time.sleep(0.05)
         os.kill(child, signal.SIGINT)

@@ -413,8 +413,8 @@ def test_the_m_step_is_cloning_plus_beta_times_the_surrogate(seed, guidance, cli
             surrogate += float(weights[b, j]) * min(one, clip) / 4
             above += (one > clip) / 20
             alive += (one <= clip) * float(weights[b, j]) / 4
-    close(float(loss), bc + guidance * surrogate)
-    close([float(stats[k]) for k in ("bc", "surrogate", "clip_frac", "alive_mass")], [bc, surrogate, above, alive], 1e-6)
+    close(loss.item(), bc + guidance * surrogate)
+    close([stats[k].item() for k in ("bc", "surrogate", "clip_frac", "alive_mass")], [bc, surrogate, above, alive], 1e-6)
     assert policy.calls[1][2] is None
 
 
