@@ -97,16 +97,24 @@ def resolve_preset(preset):
     return "cpu", "no GPU found"
 
 
-def setup(args):
-    """Device, precision and seeds, said aloud. Returns the device."""
-    positive = ("horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate", "eval_episodes", "workers",
-                "demo_episodes", "num_candidates", "heads", "discount", "tau", "policy_tau", "capacity", "log_every", "save_every", "eval_every")
-    for name in positive:
+POSITIVE = ("horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate", "episode_limit", "demo_episodes",
+            "eval_episodes", "workers", "num_candidates", "heads", "discount", "tau", "policy_tau", "capacity",
+            "updates_per_step", "log_every", "save_every", "eval_every", "final_episodes")
+
+
+def validate(args):
+    """Refuse what could only fail later, after something was written."""
+    for name in POSITIVE:
         if not getattr(args, name, 1) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
     for name, least in (("temperature", 1e-6), ("clip", 0.0), ("guidance", 0.0)):
         if not getattr(args, name, 1.0) >= least:
             raise UserError(f"--{name} must be at least {least:g}, got {getattr(args, name)}")
+
+
+def setup(args):
+    """Device, precision and seeds, said aloud. Returns the device."""
+    validate(args)
     preset, why = resolve_preset(args.preset)
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
@@ -163,11 +171,14 @@ def demonstrations(args):
             path = Path("data") / f"{args.task}-scripted-{args.demo_episodes}-s{args.seed}.hdf5"
             if not path.exists():
                 demos.collect(args.task, args.demo_episodes, args.seed, path, workers=args.workers)
-        data = demos.load(path, args.task)
+        return demos.load(path, args.task, args.demo_episodes)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    ends = np.flatnonzero(data["terminated"] | data["truncated"])[:args.demo_episodes]
-    return {name: value[:ends[-1] + 1] for name, value in data.items()}
+
+
+def environment(args):
+    """Arguments of make_env and Evaluator: the simulator settings of the demonstrations' file, if the user gave one."""
+    return {"episode_limit": args.episode_limit, "env_args": demos.env_args(args.demos) if args.demos else None}
 
 
 def make_policy(args, device):
@@ -178,6 +189,15 @@ def make_policy(args, device):
 def record_result(book, step, acting, result):
     rows = zip(result.seed, result.success, result.length, result.episode_return)
     book.evaluation(step, acting, [dict(zip(("seed", "success", "length", "return"), row)) for row in rows])
+
+
+def video(args, acting, folder):
+    """Four evaluation episodes as folder/policy.mp4."""
+    try:
+        envs.record(acting.to("cpu"), args.task, folder / "policy.mp4", 4, EVAL_SEED, **environment(args))
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"no video, everything else in {folder} is complete: {error}") from error
+    print(f"{folder}/policy.mp4")
 
 
 EVAL_SEED = 1_000_000     # evaluation episodes are the same for every run and method; training never draws these seeds
@@ -260,8 +280,8 @@ def stage_one(args, device):
     return None if policy is None else (policy, book)
 
 
-def evaluate(args, policy, device, book):
-    with envs.Evaluator(args.task, args.workers, args.episode_limit) as evaluator:
+def evaluate(args, policy):
+    with envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator:
         result = evaluator.run(Acting(policy).to("cpu"), args.eval_episodes, EVAL_SEED)
     print(f"behaviour cloning: success {result}")
     return result
@@ -273,17 +293,17 @@ def main(argv=None):
     if args.eval:
         policy = make_policy(args, device)
         policy.load_state_dict(load_checkpoint(Path(args.eval) / "last.pt")["policy"])
-        evaluate(args, policy, device, None)
+        evaluate(args, policy)
         return
     done = stage_one(args, device)
     if done is None:
         return
     policy, book = done
-    result = evaluate(args, policy, device, book)
+    result = evaluate(args, policy)
     record_result(book, args.pretrain_steps, "policy", result)
     print(f"{curve(book.folder)}; next: python train_online.py --task {args.task} --checkpoint {book.folder}/last.pt")
     if args.video:
-        envs.record(Acting(policy), args.task, book.folder / "policy.mp4", 4, EVAL_SEED, args.episode_limit)
+        video(args, Acting(policy), book.folder)
 
 
 if __name__ == "__main__":

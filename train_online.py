@@ -23,8 +23,8 @@ from chunk_critic import ChunkCritic, critic_loss, ema_update, td_target
 from logbook import Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
-from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstrations, make_policy, parse, record_result,
-                           setup, stage_one)
+from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstrations, environment, make_policy, parse,
+                           record_result, setup, stage_one, video)
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Interaction:
             with clock("act"):
                 return acting(obs[None], self.act_rng)
 
-        self.runner = envs.ChunkRunner(envs.make_env(args.task, episode_limit=args.episode_limit), act)
+        self.runner = envs.ChunkRunner(envs.make_env(args.task, **environment(args)), act)
         self.steps, self.episodes, self.recent = 0, 0, []
 
     def start(self, demonstrations):
@@ -199,7 +199,7 @@ def train(args, agent, data, clock, book, state=None):
     else:
         for name, part in (("agent", agent), ("world", world), ("report", report)):
             part.load_state_dict(state[name])
-    with Interrupt() as interrupt, envs.Evaluator(args.task, args.workers, args.episode_limit) as evaluator, \
+    with Interrupt() as interrupt, envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator, \
             Progress("", args.online_steps, args.log_every, world.steps, report.updates) as bar:
         if world.steps == 0:
             evaluate(args, agent, evaluator, args.final_episodes, 0, book, bar)
@@ -303,7 +303,6 @@ def refuse_nonfinite(state, step, book, where="agent"):
 def main(argv=None, args_class=Args, agent_class=POCO):
     args = parse(args_class, argv)
     device, clock = setup(args), Clock()
-    args.method = agent_class.name
     folder = Path(args.eval or args.resume or args.run_dir or f"runs/{args.task}-{agent_class.name}-s{args.seed}")
     columns = [*COLUMNS, *agent_class.stats, *(f"time/{name}" for name in PHASES)]
     if args.eval:
@@ -326,7 +325,7 @@ def main(argv=None, args_class=Args, agent_class=POCO):
     if train(args, agent, data, clock, book, state):
         print(f"done: {curve(book.folder)}")
         if args.video:
-            envs.record(agent.acting("policy"), args.task, book.folder / "policy.mp4", 4, EVAL_SEED, args.episode_limit)
+            video(args, agent.acting("policy"), book.folder)
     book.close()
 
 
@@ -348,12 +347,12 @@ def load_policy(args, device):
 
 def evaluate_checkpoint(args, agent, folder):
     agent.load_state_dict(load_checkpoint(folder / "last.pt")["agent"])
-    with envs.Evaluator(args.task, args.workers, args.episode_limit) as evaluator:
+    with envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator:
         for mode in ("policy", "posterior"):
             result = evaluator.run(agent.acting(mode).to("cpu"), args.final_episodes, EVAL_SEED)
             print(f"acting from the {mode}: success {result}")
     if args.video:
-        envs.record(agent.acting("policy").to("cpu"), args.task, folder / "policy.mp4", 4, EVAL_SEED, args.episode_limit)
+        video(args, agent.acting("policy"), folder)
 
 
 if __name__ == "__main__":

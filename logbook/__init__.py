@@ -224,8 +224,9 @@ class Logbook:
         rows = [{**row, "step": step, "acting": acting, "success": int(row["success"])} for row in rows]
         path = self.folder / "eval.csv"
         kept = [row for row in _read_csv(path)[1:] if row[:2] != [str(step), acting]]
+        kept += [[row[name] for name in EVAL_COLUMNS] for row in rows]
         with _writing(path):
-            self._rewrite(path.name, EVAL_COLUMNS, kept + [[row[name] for name in EVAL_COLUMNS] for row in rows])
+            self._rewrite(path.name, EVAL_COLUMNS, kept)
         if rows:
             rate = sum(row["success"] for row in rows) / len(rows)
             self._scalars(step, {f"eval/success_{acting}": rate})

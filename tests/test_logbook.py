@@ -191,6 +191,13 @@ def test_other_version_is_refused_and_both_are_named(tmp_path):
         load_checkpoint(tmp_path / "a.pt")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without the device")
+def test_missing_gpu_is_not_blamed_on_the_file(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", {"x": torch.zeros(3)})
+    with pytest.raises((RuntimeError, AssertionError)):   # torch's own words, not "truncated"
+        load_checkpoint(tmp_path / "a.pt", "cuda")
+
+
 class Code:
     def __init__(self, marker):
         self.marker = marker
