@@ -74,7 +74,7 @@ PRESETS = {
     "paper": {},
     "cpu": dict(hidden=256, layers=3, flow_steps=5, batch_size=128, num_candidates=16, pretrain_steps=5000, warmup_steps=1000,
                 online_steps=15_000, eval_every=3000, eval_episodes=50, episode_limit=100, reward_offset=-0.01,
-                capacity=5000, threads=1, log_every=250, save_every=2500, clip=0.6,
+                threads=1, log_every=250, save_every=2500, temperature=0.01, clip=0.6,
                 policy_tau=0.005),
 }
 
