@@ -1,5 +1,6 @@
 """Shared by all tests: project files on the path, one thread, no display, repeatable hypothesis runs in CI."""
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -8,13 +9,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from hypothesis import Phase, settings  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile("dev", deadline=None, print_blob=True)
 settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
-settings.register_profile("mutants", deadline=None, derandomize=True, max_examples=20)
+settings.register_profile("mutants", deadline=None, derandomize=True, max_examples=20, database=None,
+                          phases=(Phase.explicit, Phase.generate))              # a failure need not be shrunk
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+def pytest_itemcollected(item):
+    """`pytest -k eq17` selects the tests whose docstring cites Eq. 17."""
+    for cited in re.findall(r"Eq\. ([0-9, =Eq.-]+)", getattr(getattr(item, "obj", None), "__doc__", None) or ""):
+        item.extra_keyword_matches.update(f"eq{number}" for number in re.findall(r"\d+", cited))
 
 
 def pytest_configure(config):
