@@ -78,8 +78,9 @@ def parse(cls, argv=None):
         task = known.task or cls.task
         if task not in envs.TASKS:
             raise UserError(f"unknown task '{task}'; tasks: {', '.join(envs.TASKS)}")
-        defaults = preset_defaults(cls, task, resolve_preset(known.preset)[0])
-        defaults.preset = known.preset
+        preset = known.preset if known.preset in envs.PRESETS else "auto"         # tyro refuses an unknown one, with help
+        defaults = preset_defaults(cls, task, resolve_preset(preset)[0])
+        defaults.preset = preset
     return tyro.cli(cls, args=argv, default=defaults, description=sys.modules[cls.__module__].__doc__)
 
 
