@@ -53,9 +53,9 @@ class Task:
         return 1.0 if success else 0.0
 
 
-def _robosuite_task(name, env_name, object_size, episode_limit, description, paper={}) -> Task:
+def _robosuite_task(name, env_name, object_size, episode_limit, description, paper=None) -> Task:
     sizes = (3, 4, 2, object_size)
-    return Task(name, "robosuite", env_name, sum(sizes), 7, episode_limit, ROBOMIMIC_KEYS, sizes, description, paper)
+    return Task(name, "robosuite", env_name, sum(sizes), 7, episode_limit, ROBOMIMIC_KEYS, sizes, description, paper or {})
 
 
 TASKS: dict[str, Task] = {
