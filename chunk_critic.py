@@ -1,4 +1,4 @@
-"""Chunk-level critic: Q(s, a_t ... a_{t+H-1}), the return of executing a whole chunk open loop (paper Sec. IV-A1, Eq. 14).
+"""Chunk-level critic: Q(s, a_t ... a_{t+H-1}), the return of executing a whole chunk open loop (Sec. IV-A1, Eq. 14).
 
     from chunk_critic import ChunkCritic, td_target, critic_loss, ema_update
     critic = ChunkCritic(obs_dim=19, action_dim=7, horizon=5)

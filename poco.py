@@ -120,53 +120,62 @@ def _checked(temperature: float, q: Tensor) -> float:
     return temperature
 
 
-# ---- python poco.py: the idea on a 2-D action space --------------------------------------------------------------------
+# ---- python poco.py: the idea on a 2-D action space ------------------------------------------------------------------
 
 def _demo(path: str = "bandit.png") -> dict[str, float]:
-    """Draw prior, exact posterior and the policy after one M-step, then what extreme eta and zeta do. Returns each E[Q]."""
+    """Draw prior, exact posterior and the policy after one M-step, then what extreme eta and zeta do; return E[Q]s."""
     import copy
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    angle = torch.arange(8) * math.pi / 4
-    modes = 0.7 * torch.stack([angle.cos(), angle.sin()], -1)                            # (8, 2)
-    side = torch.linspace(-1, 1, 101)
-    grid = torch.cartesian_prod(side, side)                                              # (G, 2)
+    angle = torch.arange(6) * math.pi / 3
+    modes, width = 0.65 * torch.stack([angle.cos(), angle.sin()], -1), 0.1               # demonstrations: six habits
+    context = torch.zeros(128, 0)                                                        # a bandit has one state
 
     def q(a):
         """Evidence: the right is good, the top right is best."""
         return 2 * a[..., 0] + a[..., 1]
 
-    def train(policy, steps, loss):
-        optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
+    def data(n):
+        return (modes[torch.randint(6, (n,))] + width * torch.randn(n, 2)).unsqueeze(1)  # (n, H = 1, A = 2)
+
+    def train(policy, steps, rate, loss):
+        optimizer = torch.optim.Adam(policy.parameters(), lr=rate)
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)                  # averages the loss's noise out
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)                  # averages the loss's noise out
             optimizer.zero_grad()
             loss().backward()
             optimizer.step()
-        return policy
-
-    def data(n=1024):
-        return (modes[torch.randint(8, (n,))] + 0.06 * torch.randn(n, 2)).unsqueeze(1)   # (n, H = 1, A = 2)
 
     def improved(temperature, clip):
-        """One EM iteration from the same prior; guidance 50 all but lifts the anchor, to show what it would hold back."""
-        candidates, weights, _ = e_step(prior, lambda _, a: q(a[:, :, 0]), context[:64], 64, temperature)
+        """One EM iteration from the prior: samples, alive_mass. guidance 50 all but lifts the anchor to the data."""
+        candidates, weights, _ = e_step(prior, lambda _, a: q(a[:, :, 0]), context, 64, temperature)
         policy = copy.deepcopy(prior)
-        return train(policy, 300, lambda: m_step_loss(policy, context[:64], data(64), None, candidates, weights, 50.0, clip)[0])
 
-    context = torch.zeros(1024, 0)                                                       # a bandit has one state
-    network = _DemoFlow()
-    prior = train(network, 700, lambda: network.cfm_loss(context, data().unsqueeze(1)).mean())
-    density = torch.exp(-(grid[:, None] - modes).square().sum(-1) / (2 * 0.06 ** 2)).sum(-1)
-    exact = {"prior": density / density.sum()}
-    exact["exact posterior, eta 0.5"] = posterior(exact["prior"], q(grid), 0.5)
-    drawn = {"policy after the M-step, eta 0.5": improved(0.5, math.inf), "eta 0.05: greedy": improved(0.05, math.inf),
-             "eta 50: nothing learnt": improved(50.0, math.inf), "zeta 0.1: all clipped": improved(0.5, 0.1)}
-    samples = {name: policy.sample(torch.zeros(1, 0), 3000)[0, :, 0] for name, policy in drawn.items()}
-    value = {name: (p * q(grid)).sum().item() for name, p in exact.items()}
-    value |= {name: q(a).mean().item() for name, a in samples.items()}
-    _demo_figure(exact, samples, value, path)
+        def loss(rows):
+            return m_step_loss(policy, context[rows], data(len(rows)), None, candidates[rows], weights[rows],
+                               50.0, clip)
+
+        train(policy, 1000, 0.005, lambda: loss(torch.randint(128, (8,)))[0])
+        return policy.sample(context[:1], 2500)[0, :, 0], loss(torch.arange(128))[1]["alive_mass"].item()
+
+    prior = _DemoFlow()
+    train(prior, 2500, 0.01, lambda: prior.cfm_loss(context, data(256).unsqueeze(1)).mean())
+    side = torch.linspace(-1, 1, 201)
+    grid = torch.cartesian_prod(side, side)
+    density = torch.exp(-(grid[:, None] - modes).square().sum(-1) / (2 * width**2)).sum(-1)
+    exact = density / density.sum()
+    panels, value = {}, {}
+    for name, p in (("prior", exact), ("exact posterior, eta 0.5", posterior(exact, q(grid), 0.5))):
+        panels[name], value[name] = grid[p.multinomial(2500, replacement=True)], (p * q(grid)).sum().item()
+    for name, eta, zeta in (("policy after the M-step, eta 0.5", 0.5, math.inf),
+                            ("policy, eta 0.02: greedy", 0.02, math.inf),
+                            ("policy, eta 50: the prior again", 50.0, math.inf),
+                            ("policy, zeta 0.1: {:.0f} % of weight alive", 0.5, 0.1)):
+        samples, alive = improved(eta, zeta)
+        name = name.format(100 * alive)
+        panels[name], value[name] = samples, q(samples).mean().item()
+    _demo_figure(panels, value, q, path)
     return value
 
 
@@ -175,37 +184,40 @@ class _DemoFlow(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        width = 128
-        self.net = torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.SiLU(), torch.nn.Linear(width, width),
-                                       torch.nn.SiLU(), torch.nn.Linear(width, 2))
+        sizes = (11, 64, 64, 64, 2)
+        layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (torch.nn.Linear(*pair), torch.nn.ReLU())]
+        self.net = torch.nn.Sequential(*layers[:-1])
+
+    def velocity(self, x, t):
+        waves = math.pi * t * torch.arange(1, 5)                                         # lets v turn sharply in t
+        return self.net(torch.cat([x, t, waves.sin(), waves.cos()], -1))
 
     @torch.no_grad()
-    def sample(self, context, n, steps=10):
+    def sample(self, context, n, steps=40):
         x = torch.randn(len(context), n, 1, 2)
         for k in range(steps):
-            x = x + self.net(torch.cat([x, torch.full_like(x[..., :1], k / steps)], -1)) / steps
+            x = x + self.velocity(x, torch.full_like(x[..., :1], k / steps)) / steps
         return x.clamp(-1, 1)
 
     def cfm_loss(self, context, actions, valid=None):
         noise, t = torch.randn_like(actions), torch.rand(*actions.shape[:2], 1, 1)
-        v = self.net(torch.cat([(1 - t) * noise + t * actions, t], -1))
-        return (v - (actions - noise)).square().mean((-2, -1))
+        return (self.velocity((1 - t) * noise + t * actions, t) - (actions - noise)).square().mean((-2, -1))
 
 
-def _demo_figure(exact, samples, value, path):
+def _demo_figure(panels, value, q, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(9, 6.4), sharex=True, sharey=True, layout="constrained")
-    for axis, name in zip(axes.flat, value):
-        if name in exact:
-            side = int(len(exact[name]) ** 0.5)
-            axis.imshow(exact[name].reshape(side, side).T.sqrt(), origin="lower", extent=(-1, 1, -1, 1), cmap="Blues")
-        else:
-            axis.scatter(*samples[name].T, s=2, alpha=0.25, color="tab:blue", linewidths=0)
-        axis.set(title=f"{name}\nE[Q] = {value[name]:.2f}", aspect="equal", xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[])
-    figure.suptitle("Q grows to the right and upwards")
+    figure, axes = plt.subplots(2, 3, figsize=(9, 6.5), layout="constrained")
+    side = torch.linspace(-1, 1, 50)
+    for axis, (name, a) in zip(axes.flat, panels.items()):
+        axis.contour(side, side, q(torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)), 9, colors="0.85",
+                     linewidths=0.8, linestyles="solid", zorder=0)
+        axis.scatter(*a.T, s=3, c=q(a), cmap="plasma", vmin=-1.8, vmax=2.4, alpha=0.6, linewidths=0)
+        axis.set(aspect="equal", xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[])
+        axis.set_title(f"{name}\nE[Q] = {value[name]:.2f}", fontsize=10)
+    figure.supxlabel("colour and grey lines: Q, growing to the right and upwards", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -213,6 +225,6 @@ def _demo_figure(exact, samples, value, path):
 if __name__ == "__main__":
     results = _demo()
     for name, value in results.items():
-        print(f"{name:36s} E[Q] = {value:6.3f}")
+        print(f"{name:39s} E[Q] = {value:6.3f}")
     old, best, new = list(results.values())[:3]
     print(f"one EM iteration reached {100 * (new - old) / (best - old):.0f} % of the exact gain; see bandit.png")

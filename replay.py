@@ -1,4 +1,4 @@
-"""Chunk replay: demonstrations and online experience in one buffer, sampled as h-step chunks (paper Sec. IV-A1, Alg. 1).
+"""Chunk replay: demonstrations and online experience in one buffer, sampled as h-step chunks (Sec. IV-A1, Alg. 1).
 
     from replay import ChunkReplay
     replay = ChunkReplay(capacity=100_000, obs_dim=19, action_dim=7, horizon=5, discount=0.99)
@@ -60,7 +60,8 @@ class ChunkReplay:
         """Append one online transition, in the order it happened."""
         ring = self.capacity - self.demos
         if ring < self.horizon:
-            raise ValueError(f"the buffer of {self.capacity} is full of {self.demos} demonstration steps: raise capacity")
+            raise ValueError(f"the buffer of {self.capacity} is full of {self.demos} demonstration steps: raise "
+                             "capacity")
         row = dict(zip(FIELDS, (obs, action, reward, next_obs, terminated, truncated)))
         row = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in row.items()}
         for name, value in row.items():
@@ -68,7 +69,8 @@ class ChunkReplay:
                 raise ValueError(f"transition: '{name}' has shape {tuple(value.shape)}, "
                                  f"expected {tuple(self.data[name].shape[1:])}")
         if not all(bool(torch.isfinite(value).all()) for value in row.values()):
-            raise ValueError("transition with a non-finite value refused: check the simulator, the reward and the policy")
+            raise ValueError("transition with a non-finite value refused: check the simulator, the reward and the "
+                             "policy")
         for name, value in row.items():
             self.data[name][self.demos + self.pointer] = value
         self.pointer = (self.pointer + 1) % ring

@@ -1,6 +1,6 @@
 """Mutants: wrong versions of the method files, each of which the tests must notice. They prove that the tests bite.
 
-    python tests/mutants.py                # every mutant and the number of tests that kill it, 2 minutes
+    python tests/mutants.py                # every mutant and how many tests kill it (named if it is one), 45 seconds
     python tests/mutants.py replay.py      # those of one file
 
 A mutant is (name, file, old text, new text). Its file and that file's tests are copied to a new folder, the text is
@@ -8,6 +8,7 @@ replaced there, and the tests run with few examples in a forked child, so that t
 copy of each file comes first and must pass. A mutant that breaks the import counts as a mistake of this table.
 """
 import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -20,28 +21,35 @@ MUTANTS = [
     # the E-step
     ("prior dropped", "poco.py", "torch.softmax(pi.log() + (q", "torch.softmax((q"),
     ("prior counted twice", "poco.py", "softmax(pi.log() +", "softmax(2 * pi.log() +"),
-    ("particles inherit the prior twice", "poco.py", "w = torch.exp(", "w = torch.arange(1, q.shape[-1] + 1) * torch.exp("),
+    ("particles inherit the prior twice", "poco.py",
+     "w = torch.exp(", "w = torch.arange(1, q.shape[-1] + 1) * torch.exp("),
     ("eta inverted", "poco.py", "keepdim=True)) / eta)", "keepdim=True)) * eta)"),
     ("eta inverted, closed form", "poco.py", "keepdim=True)) / eta, ", "keepdim=True)) * eta, "),
     ("eta doubled", "poco.py", "keepdim=True)) / eta)", "keepdim=True)) / (2 * eta))"),
     ("eta doubled, closed form", "poco.py", "keepdim=True)) / eta, ", "keepdim=True)) / (2 * eta), "),
-    ("Q z-scored", "poco.py", "    w = torch.exp(",
-     "    q = (q - q.mean(-1, keepdim=True)) / q.std(-1, keepdim=True, correction=0).clamp(min=1e-9)\n    w = torch.exp("),
-    ("Q z-scored, closed form", "poco.py", "    return torch.softmax(",
+    ("Q z-scored", "poco.py",
+     "    w = torch.exp(",
+     "    q = (q - q.mean(-1, keepdim=True)) / q.std(-1, keepdim=True, correction=0).clamp(min=1e-9)\n"
+     "    w = torch.exp("),
+    ("Q z-scored, closed form", "poco.py",
+     "    return torch.softmax(",
      "    q = (q - q.mean(-1, keepdim=True)) / q.std(-1, keepdim=True, correction=0).clamp(min=1e-9)\n"
      "    return torch.softmax("),
     ("weights times N", "poco.py", "return w / w.sum(-1, keepdim=True)", "return w / w.mean(-1, keepdim=True)"),
     ("naive exp", "poco.py", "torch.exp((q - q.amax(-1, keepdim=True)) / eta)", "torch.exp(q / eta)"),
-    ("divided before the maximum is subtracted", "poco.py", "torch.exp((q - q.amax(-1, keepdim=True)) / eta)",
-     "torch.exp(q / eta - (q / eta).amax(-1, keepdim=True))"),
+    ("divided before the maximum is subtracted", "poco.py",
+     "torch.exp((q - q.amax(-1, keepdim=True)) / eta)", "torch.exp(q / eta - (q / eta).amax(-1, keepdim=True))"),
     ("no upcast", "poco.py", "return x if x.dtype == torch.float64 else x.float()", "return x"),
-    ("float64 rounded in the E-step", "poco.py", "q = _upcast(q_fn(context, candidates))", "q = q_fn(context, candidates).float()"),
+    ("float64 rounded in the E-step", "poco.py",
+     "q = _upcast(q_fn(context, candidates))", "q = q_fn(context, candidates).float()"),
     ("normalised over states", "poco.py", "w / w.sum(-1, keepdim=True)", "w / w.sum(0, keepdim=True)"),
-    ("maximum over states", "poco.py", "torch.exp((q - q.amax(-1, keepdim=True))", "torch.exp((q - q.amax(0, keepdim=True))"),
+    ("maximum over states", "poco.py",
+     "torch.exp((q - q.amax(-1, keepdim=True))", "torch.exp((q - q.amax(0, keepdim=True))"),
     ("excluded actions set the maximum", "poco.py", "q = torch.where(pi > 0, q, -torch.inf)", "q = q"),
     ("weights carry a gradient", "poco.py", "@torch.no_grad()\ndef posterior_weights", "def posterior_weights"),
     ("E-step stats carry a gradient", "poco.py", "@torch.no_grad()\ndef e_step", "def e_step"),
-    ("candidates carry a gradient", "poco.py", "return candidates.detach(), weights, stats", "return candidates, weights, stats"),
+    ("candidates carry a gradient", "poco.py",
+     "return candidates.detach(), weights, stats", "return candidates, weights, stats"),
     ("eta = 0 accepted", "poco.py", "if not temperature >= 1e-6", "if not temperature >= 0"),
     ("eta = nan accepted", "poco.py", "if not temperature >= 1e-6", "if temperature < 1e-6"),
     ("infinite Q accepted", "poco.py", "if not torch.isfinite(q).all()", "if torch.isnan(q).any()"),
@@ -49,11 +57,14 @@ MUTANTS = [
     ("ESS not divided by N", "poco.py", ".mean() / num_candidates,", ".mean(),"),
     # the M-step
     ("weights not detached", "poco.py", "w = clip, weights.detach()", "w = clip, weights"),
-    ("candidates not detached", "poco.py", "policy.cfm_loss(context, candidates.detach())", "policy.cfm_loss(context, candidates)"),
+    ("candidates not detached", "poco.py",
+     "policy.cfm_loss(context, candidates.detach())", "policy.cfm_loss(context, candidates)"),
     ("alive_mass carries a gradient", "poco.py", "(weights.detach() * alive)", "(weights * alive)"),
     ("clipped after weighing", "poco.py", "(w * losses.clamp(0, zeta))", "(w * losses).clamp(0, zeta)"),
-    ("half a gradient at the clip", "poco.py", "losses.clamp(0, zeta)", "torch.minimum(losses, torch.full_like(losses, zeta))"),
-    ("straight-through clip", "poco.py", "losses.clamp(0, zeta)", "(losses + (losses.clamp(0, zeta) - losses).detach())"),
+    ("half a gradient at the clip", "poco.py",
+     "losses.clamp(0, zeta)", "torch.minimum(losses, torch.full_like(losses, zeta))"),
+    ("straight-through clip", "poco.py",
+     "losses.clamp(0, zeta)", "(losses + (losses.clamp(0, zeta) - losses).detach())"),
     ("mean over candidates", "poco.py", "losses.clamp(0, zeta)).sum(-1)", "losses.clamp(0, zeta)).mean(-1)"),
     ("clip = nan accepted", "poco.py", "if not clip >= 0", "if clip < 0"),
     ("beta ignored", "poco.py", "bc + beta * surrogate", "bc + surrogate"),
@@ -67,10 +78,13 @@ MUTANTS = [
     ("velocity reversed", "flow_policy.py", "- (actions - noise)).square()", "- (noise - actions)).square()"),
     ("sum instead of mean", "flow_policy.py", "error.mean(dim=(-2, -1))", "error.sum(dim=(-2, -1))"),
     ("mask ignored", "flow_policy.py", "if valid is None:", "if True:"),
-    ("missing steps counted", "flow_policy.py", "return (error * mask).sum(dim=(-2, -1)) / (", "return (error * mask).mean(dim=(-2, -1)) # ("),
-    ("action dimensions summed", "flow_policy.py", "(mask.sum(dim=(-2, -1)) * self.action_dim)", "mask.sum(dim=(-2, -1))"),
+    ("missing steps counted", "flow_policy.py",
+     "return (error * mask).sum(dim=(-2, -1)) / (", "return (error * mask).mean(dim=(-2, -1)) # ("),
+    ("action dimensions summed", "flow_policy.py",
+     "(mask.sum(dim=(-2, -1)) * self.action_dim)", "mask.sum(dim=(-2, -1))"),
     ("empty mask divides by zero", "flow_policy.py", ".clamp(min=1)", ""),
-    ("one time per state", "flow_policy.py", "torch.rand(actions.shape[:2], device=actions.device, dtype=actions.dtype)",
+    ("one time per state", "flow_policy.py",
+     "torch.rand(actions.shape[:2], device=actions.device, dtype=actions.dtype)",
      "torch.rand(len(actions), 1, dtype=actions.dtype).expand(actions.shape[:2])"),
     ("uniform noise", "flow_policy.py", "torch.randn_like(actions)", "torch.rand_like(actions)"),
     ("given noise ignored", "flow_policy.py", "if noise is None:", "if True:"),
@@ -88,58 +102,72 @@ MUTANTS = [
     ("stats carry a gradient", "chunk_critic.py", "target.detach().mean()", "target.mean()"),
     ("bootstrap factor dropped", "chunk_critic.py", "returns + bootstrap * next_q", "returns + next_q"),
     ("tau inverted", "chunk_critic.py", "list(online.parameters()), tau)", "list(online.parameters()), 1 - tau)"),
-    ("online network averaged", "chunk_critic.py", "_(list(target.parameters()), list(online.parameters())",
+    ("online network averaged", "chunk_critic.py",
+     "_(list(target.parameters()), list(online.parameters())",
      "_(list(online.parameters()), list(target.parameters())"),
-    ("buffers averaged", "chunk_critic.py", "_(list(target.parameters()), list(online.parameters())",
+    ("buffers averaged", "chunk_critic.py",
+     "_(list(target.parameters()), list(online.parameters())",
      "_(list(target.state_dict().values()), list(online.state_dict().values())"),
-    ("norm before activation", "chunk_critic.py", "F.layer_norm(F.silu(layer(h)), h.shape[-1:])", "F.silu(F.layer_norm(layer(h), h.shape[-1:]))"),
+    ("norm before activation", "chunk_critic.py",
+     "F.layer_norm(F.silu(layer(h)), h.shape[-1:])", "F.silu(F.layer_norm(layer(h), h.shape[-1:]))"),
     ("first norm missing", "chunk_critic.py", "h = F.layer_norm(F.silu(h), h.shape[-1:])", "h = F.silu(h)"),
-    ("heads share a layer", "chunk_critic.py", "torch.baddbmm(self.bias, x, self.weight)",
-     "torch.baddbmm(self.bias, x, self.weight[:1].expand_as(self.weight))"),
+    ("heads share a layer", "chunk_critic.py",
+     "torch.baddbmm(self.bias, x, self.weight)", "torch.baddbmm(self.bias, x, self.weight[:1].expand_as(self.weight))"),
     ("loss of one head", "chunk_critic.py", "(q - target.detach())", "(q[:1] - target.detach())"),
     ("values in bfloat16", "chunk_critic.py", "enabled=False", "enabled=True"),
     ("initialisation too wide", "chunk_critic.py", "1 / math.sqrt(inputs)", "2 / math.sqrt(inputs)"),
     ("normaliser skipped", "chunk_critic.py", "((obs - self.obs_mean) / self.obs_std)", "obs"),
     # the replay
     ("bootstrap through a terminal", "replay.py", ' * (1 - self.data["terminated"][last])', ""),
-    ("timeout treated as terminal", "replay.py", '(1 - self.data["terminated"][last])', '(1 - self.data["terminated"][last]) * (1 - self.data["truncated"][last])'),
-    ("timeout does not end a chunk", "replay.py", 'torch.maximum(self.data["terminated"][slot], self.data["truncated"][slot])', 'self.data["terminated"][slot]'),
-    ("valid one step short", "replay.py", "torch.cat([torch.ones_like(ended[:, :1]), (1 - ended[:, :-1]).cumprod(1)], dim=1)", "(1 - ended).cumprod(1).clamp(min=1e-9).round()"),
+    ("timeout treated as terminal", "replay.py",
+     '(1 - self.data["terminated"][last])', '(1 - self.data["terminated"][last]) * (1 - self.data["truncated"][last])'),
+    ("timeout does not end a chunk", "replay.py",
+     'torch.maximum(self.data["terminated"][slot], self.data["truncated"][slot])', 'self.data["terminated"][slot]'),
+    ("valid one step short", "replay.py",
+     "torch.cat([torch.ones_like(ended[:, :1]), (1 - ended[:, :-1]).cumprod(1)], dim=1)",
+     "(1 - ended).cumprod(1).clamp(min=1e-9).round()"),
     ("valid recovers after an end", "replay.py", "(1 - ended[:, :-1]).cumprod(1)", "(1 - ended[:, :-1])"),
-    ("rewards discounted one step too much", "replay.py", "gamma = self.discount ** steps", "gamma = self.discount ** (steps + 1)"),
+    ("rewards discounted one step too much", "replay.py",
+     "gamma = self.discount ** steps", "gamma = self.discount ** (steps + 1)"),
     ("bootstrap discounted one step short", "replay.py", "self.discount ** count", "self.discount ** (count - 1)"),
     ("bootstrap always gamma^H", "replay.py", "self.discount ** count", "self.discount ** self.horizon"),
     ("rewards after the end counted", "replay.py", "(valid * gamma *", "(gamma *"),
     ("next state of the whole chunk", "replay.py", 'self.data["next_obs"][last]', 'self.data["next_obs"][slot[:, -1]]'),
     ("next episode's actions as padding", "replay.py", 'self.data["action"][filled]', 'self.data["action"][slot]'),
-    ("chunks cross the write pointer", "replay.py", "oldest = self.pointer if self.online == ring else 0", "oldest = 0"),
+    ("chunks cross the write pointer", "replay.py",
+     "oldest = self.pointer if self.online == ring else 0", "oldest = 0"),
     ("demonstrations overwritten", "replay.py", "[self.demos + self.pointer] = value", "[self.pointer] = value"),
-    ("demonstrations run into the ring", "replay.py", "position.clamp(max=max(self.demos - 1, 0))", "position % self.capacity"),
     ("recording's end not marked", "replay.py", 'rows["truncated"][-1] = 1.0', "pass"),
-    ("caller's arrays changed", "replay.py", "torch.tensor(np.asarray(transitions[name])", "torch.as_tensor(np.asarray(transitions[name])"),
+    ("caller's arrays changed", "replay.py",
+     "torch.tensor(np.asarray(transitions[name])", "torch.as_tensor(np.asarray(transitions[name])"),
     ("open tail sampled", "replay.py", "min(self.tail, self.horizon - 1)", "0"),
-    ("open tail waits a step too long", "replay.py", "min(self.tail, self.horizon - 1)", "min(self.tail, self.horizon)"),
+    ("open tail waits a step too long", "replay.py",
+     "min(self.tail, self.horizon - 1)", "min(self.tail, self.horizon)"),
     ("ended tail waits", "replay.py", "min(self.tail, self.horizon - 1)", "min(self.online, self.horizon - 1)"),
     ("timeout leaves the tail open", "replay.py", "0 if terminated or truncated else", "0 if terminated else"),
     ("newest start never sampled", "replay.py", "torch.randint(starts,", "torch.randint(max(starts - 1, 1),"),
-    ("early starts sampled more often", "replay.py", "start = torch.randint(starts, (batch_size,), generator=generator, device=self.device)",
+    ("early starts sampled more often", "replay.py",
+     "start = torch.randint(starts, (batch_size,), generator=generator, device=self.device)",
      "start = torch.minimum(*torch.randint(starts, (2, batch_size), generator=generator))"),
     ("generator ignored", "replay.py", "generator=generator, ", ""),
-    ("wrong shapes broadcast", "replay.py", "            if value.shape != self.data[name].shape[1:]:  ", "            if False:  "),
+    ("wrong shapes broadcast", "replay.py",
+     "            if value.shape != self.data[name].shape[1:]:  ", "            if False:  "),
     ("non-finite accepted", "replay.py", "if not all(bool(torch.isfinite(value).all())", "if not all(True"),
     ("saved state is a view", "replay.py", ".cpu().clone()", ".cpu()"),
-    ("saved pointer lost", "replay.py", 'self.pointer, self.tail = state["pointer"], state["tail"]', 'self.tail = state["tail"]'),
-    ("saved tail lost", "replay.py", 'self.pointer, self.tail = state["pointer"], state["tail"]', 'self.pointer = state["pointer"]'),
+    ("saved pointer lost", "replay.py",
+     'self.pointer, self.tail = state["pointer"], state["tail"]', 'self.tail = state["tail"]'),
+    ("saved tail lost", "replay.py",
+     'self.pointer, self.tail = state["pointer"], state["tail"]', 'self.pointer = state["pointer"]'),
 ]
 
 
 def copy(folder, file, old="", new=""):
     """Put one method file, changed, and its tests into `folder`."""
     text = (ROOT / file).read_text()
-    if old and text.count(old) < 1:
-        raise SystemExit(f"tests/mutants.py: {file} no longer contains {old!r}; update the table")
+    if old and text.count(old) != 1:
+        raise SystemExit(f"tests/mutants.py: {file} should contain this once, please update the table: {old!r}")
     (folder / "tests").mkdir()
-    (folder / file).write_text(text.replace(old, new) if old else text)
+    (folder / file).write_text(text.replace(old, new, 1) if old else text)
     for name in ("conftest.py", f"test_{file}"):
         shutil.copy(ROOT / "tests" / name, folder / "tests")
 
@@ -157,11 +185,15 @@ def failing(folder):
                 if report.failed:
                     self.failed.add(report.nodeid.split("::")[-1].split("[")[0])
 
-        os.chdir(folder)
-        with open("output", "w") as out, contextlib.redirect_stdout(out):
-            code = pytest.main(["tests", "-q", "-m", "not slow", "-p", "no:cacheprovider"], plugins=[Listener()])
-        Path("failed").write_text("\n".join(sorted(Listener.failed)))
-        os._exit(code)
+        code = 3
+        try:
+            os.chdir(folder)
+            options = ["-q", "--tb=no", "-m", "not slow", "-p", "no:cacheprovider"]
+            with open("output", "w") as out, contextlib.redirect_stdout(out):
+                code = pytest.main(["tests", *options], plugins=[Listener()])
+            Path("failed").write_text("\n".join(sorted(Listener.failed)))
+        finally:
+            os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code > 1:                                                             # 0 all passed, 1 some failed
         raise SystemExit(f"pytest could not run in {folder}:\n{(folder / 'output').read_text()}")
@@ -169,8 +201,10 @@ def failing(folder):
 
 
 def main(files):
-    os.environ["HYPOTHESIS_PROFILE"] = "mutants"
+    os.environ |= {"HYPOTHESIS_PROFILE": "mutants", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     import hypothesis, numpy, pytest, scipy.optimize, torch  # noqa: E401, F401 - once, before the forks
+    torch.testing.assert_close(torch.ones(1), torch.ones(1))                # its own late imports
+    gc.freeze()                                                             # children need not walk all of torch
     survivors = []
     for name, file, old, new in [("unchanged", file, "", "") for file in files] + [m for m in MUTANTS if m[1] in files]:
         with tempfile.TemporaryDirectory() as folder:

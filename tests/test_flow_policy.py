@@ -26,8 +26,9 @@ def make(sizes, seed, layers=2, cls=FlowPolicy):
     for p in policy.parameters():
         p.data = torch.randn(p.shape, generator=g, dtype=torch.float64)
     policy.set_normalizer(torch.randn(d, generator=g), torch.rand(d, generator=g) + 0.5)
-    obs, *chunks = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((b, d), (b, n, h, a), (b, n, h, a)))
-    return policy, obs, chunks[0].tanh(), chunks[1], torch.rand(b, n, generator=g, dtype=torch.float64)
+    obs = torch.randn(b, d, generator=g, dtype=torch.float64)
+    actions, noise = torch.randn(2, b, n, h, a, generator=g, dtype=torch.float64)
+    return policy, obs, actions.tanh(), noise, torch.rand(b, n, generator=g, dtype=torch.float64)
 
 
 @settings(max_examples=30)
@@ -54,7 +55,8 @@ def test_the_loss_is_the_squared_error_on_the_straight_line(sizes, seed, masked)
     """Mean over real cells of (v(a_m, m) - (a_1 - a_0))^2 with a_m = (1 - m) a_0 + m a_1, as loops. Eq. 7-8."""
     policy, obs, actions, noise, t = make(sizes, seed)
     b, n, h, a, _ = sizes
-    real = torch.randint(1, h + 1, (b,), generator=torch.Generator().manual_seed(seed)) if masked else torch.full((b,), h)
+    real = torch.randint(1, h + 1, (b,), generator=torch.Generator().manual_seed(seed))
+    real = real if masked else torch.full((b,), h)
     valid = (torch.arange(h) < real[:, None]).double() if masked else None
     loss = policy.cfm_loss(policy.encode(obs), actions, valid, noise, t)
     assert loss.shape == (b, n)
@@ -137,9 +139,10 @@ def test_randomness_is_an_argument():
     """Given noise and t, loss and samples are bitwise repeatable; without them each call draws anew."""
     policy, obs, actions, noise, t = make((3, 4, 2, 2, 3), 0)
     context = policy.encode(obs)
-    for given_all, default in ((lambda: policy.cfm_loss(context, actions, None, noise, t), lambda: policy.cfm_loss(context, actions)),
-                               (lambda: policy.sample(context, 4, noise), lambda: policy.sample(context, 4))):
-        assert torch.equal(given_all(), given_all()) and not torch.equal(default(), default())
+    for repeatable, fresh in (
+            (lambda: policy.cfm_loss(context, actions, None, noise, t), lambda: policy.cfm_loss(context, actions)),
+            (lambda: policy.sample(context, 4, noise), lambda: policy.sample(context, 4))):
+        assert torch.equal(repeatable(), repeatable()) and not torch.equal(fresh(), fresh())
 
 
 def test_a_state_is_encoded_once_whatever_the_number_of_chunks_and_steps():

@@ -17,7 +17,7 @@ WORLDS = st.tuples(st.integers(1, 5), st.integers(0, 12), st.integers(0, 9), st.
 
 
 def steps(count, rng, ends, first=0):
-    """`count` transitions of random episodes, (obs, action, reward, next_obs, terminated, truncated), told apart by obs."""
+    """`count` steps of random episodes, (obs, action, reward, next_obs, terminated, truncated), told apart by obs."""
     return [(np.array([first + i, rng.normal()]), rng.normal(size=3), rng.normal(), rng.normal(size=2),
              rng.random() < ends / 2, rng.random() < ends / 2) for i in range(count)]
 
@@ -73,7 +73,7 @@ def assert_batch(batch, chunks):
 
 @given(WORLDS, SEEDS)
 def test_samples_are_the_brute_force_chunks_and_all_of_them(world, seed):
-    """Rewards, masks, gamma^k, next state, for any ends, pointer and wraps; exactly the complete chunks appear. Eq. 14."""
+    """Rewards, masks, gamma^k, next state, for any ends, pointer, wraps; exactly the complete chunks appear. Eq. 14."""
     replay, recorded, online = build(*world, seed)
     chunks = expected(recorded, online, world[0])
     assert len(replay) == len(recorded) + len(online)
@@ -117,17 +117,19 @@ def test_no_chunk_crosses_the_write_pointer():
             assert set(batch.obs[:, 0].tolist()) == set(range(max(0, i - 9), i - 2))
 
 
-def test_an_open_tail_waits_until_its_chunk_is_complete():
+@pytest.mark.parametrize("timeout", [False, True])
+def test_an_open_tail_waits_until_its_chunk_is_complete_or_its_episode_ends(timeout):
     replay = ChunkReplay(20, 1, 1, 3, 0.5)
     for i, total in enumerate((0, 0, 1, 2, 5)):
-        replay.add([i], [i], 1.0, [i + 1], i == 4, False)
+        replay.add([i], [i], 1.0, [i + 1], i == 4 and not timeout, i == 4 and timeout)
         if total:
             assert set(replay.sample(200).obs[:, 0].tolist()) == set(range(total))
         else:
             with pytest.raises(ValueError, match="no complete chunk"):
                 replay.sample(1)
     batch = replay.chunks(torch.arange(5))
-    assert batch.returns.tolist() == [1.75, 1.75, 1.75, 1.5, 1.0] and batch.bootstrap.tolist() == [0.125, 0.125, 0, 0, 0]
+    assert batch.returns.tolist() == [1.75, 1.75, 1.75, 1.5, 1.0]
+    assert batch.bootstrap.tolist() == [0.125, 0.125] + ([0.125, 0.25, 0.5] if timeout else [0, 0, 0])
     assert batch.valid.sum(1).tolist() == [3, 3, 3, 2, 1] and batch.chunk[:, :, 0].tolist()[3] == [3, 4, 4]
 
 
@@ -200,7 +202,8 @@ def test_a_non_finite_transition_is_refused(change):
     assert len(replay) == 0 and not any(value.any() for value in replay.data.values())
 
 
-@pytest.mark.parametrize("change", [dict(obs=[0.0]), dict(obs=0.0), dict(action=[0.0]), dict(action=[0.0] * 4), dict(reward=[0.0])])
+@pytest.mark.parametrize("change", [dict(obs=[0.0]), dict(obs=0.0), dict(action=[0.0]), dict(action=[0.0] * 4),
+                                    dict(reward=[0.0])])
 def test_a_wrong_shape_is_refused_and_never_broadcast(change):
     replay = ChunkReplay(10, 2, 3, 2, DISCOUNT)
     with pytest.raises(ValueError, match=f"'{list(change)[0]}' has shape"):
