@@ -55,7 +55,8 @@ class Task:
 
 def _robosuite_task(name, env_name, object_size, episode_limit, description, paper=None) -> Task:
     sizes = (3, 4, 2, object_size)
-    return Task(name, "robosuite", env_name, sum(sizes), 7, episode_limit, ROBOMIMIC_KEYS, sizes, description, paper or {})
+    return Task(name, "robosuite", env_name, sum(sizes), 7, episode_limit, ROBOMIMIC_KEYS, sizes, description,
+                paper or {})
 
 
 TASKS: dict[str, Task] = {
@@ -70,8 +71,8 @@ TASKS: dict[str, Task] = {
 }
 
 
-# What every task of a preset shares. paper: Sec. V-A1 and Tables II-III, `Args` of the training scripts hold those values
-# already. cpu (ours): the same method with less work, so that two cores finish in minutes.
+# What every task of a preset shares. paper: Sec. V-A1 and Tables II-III, `Args` of the training scripts hold those
+# values already. cpu (ours): the same method with less work, so that two cores finish in minutes.
 PRESETS = {
     "paper": {},
     "cpu": dict(
@@ -131,7 +132,7 @@ def _robosuite_kwargs(robosuite, task: Task, env_args: dict | None) -> dict:
         controller = {"type": "BASIC", "body_parts": {"right": {**body, "input_ref_frame": "world"}}}
         return {"robots": "Panda", "controller_configs": controller, "control_freq": 20}
     if env_args.get("env_name") != task.env_name:
-        raise ValueError(f"task '{task.name}' is {task.env_name}, but these env_args are for {env_args.get('env_name')}")
+        raise ValueError(f"task '{task.name}' is {task.env_name}, these env_args are for {env_args.get('env_name')}")
     version = str(env_args.get("env_version", ""))
     if version.split(".")[:2] != robosuite.__version__.split(".")[:2]:
         raise ValueError(
@@ -231,7 +232,7 @@ SUITES: dict[str, Callable[..., gymnasium.Env]] = {"robosuite": RobosuiteEnv}
 
 
 def make_env(task, seed=None, render_mode=None, episode_limit=None, env_args=None) -> gymnasium.Env:
-    """`seed` is that of the first reset(); `env_args` is the JSON dictionary of a robomimic file, if data comes from one."""
+    """`seed` is that of the first reset(); `env_args` the JSON of a robomimic file, if data comes from one."""
     task = get_task(task)
     return SUITES[task.suite](task, seed, render_mode, episode_limit, env_args)
 
@@ -358,7 +359,7 @@ def _result(rows) -> EvalResult:
 
 
 def _worker(connection, env_options: dict) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the parent; it closes the pipe, which ends this loop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes the pipe, which ends this loop
     env = policy = None
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:

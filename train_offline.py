@@ -31,7 +31,7 @@ from replay import ChunkReplay
 @dataclass
 class Args:
     task: str = "lift"                # which task; `envs.py` lists them
-    preset: Literal["auto", "cpu", "paper"] = "auto"  # paper: Tables II/III to the letter; cpu: minutes on a laptop (ours)
+    preset: Literal["auto", "cpu", "paper"] = "auto"  # paper: Tables II/III to the letter; cpu: minutes on a laptop
     seed: int = 0                     # of demonstrations, networks, batches and training episodes
     demos: str | None = None          # robomimic HDF5 with demonstrations; default: scripted ones, made once and kept
     demo_episodes: int = 20           # how many demonstrations to make, or to use of the file
@@ -62,7 +62,7 @@ COLUMNS = ["bc", "updates_per_s", "time/update"]
 # ---- command line: the task table fills the defaults, the user's flags win -------------------------------------------
 
 def parse(cls, argv=None):
-    """Read the command line into `cls`. --task and --preset are looked at first, so that --help shows their defaults."""
+    """Read the command line into `cls`. --task and --preset are looked at first: --help shows their defaults."""
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in (("--task", None), ("--preset", "auto"), ("--resume", None), ("--eval", None)):
@@ -78,7 +78,7 @@ def parse(cls, argv=None):
         task = known.task or cls.task
         if task not in envs.TASKS:
             raise UserError(f"unknown task '{task}'; tasks: {', '.join(envs.TASKS)}")
-        preset = known.preset if known.preset in envs.PRESETS else "auto"         # tyro refuses an unknown one, with help
+        preset = known.preset if known.preset in envs.PRESETS else "auto"      # tyro refuses an unknown one
         defaults = preset_defaults(cls, task, resolve_preset(preset)[0])
         defaults.preset = preset
     return tyro.cli(cls, args=argv, default=defaults, description=sys.modules[cls.__module__].__doc__)
@@ -98,9 +98,9 @@ def resolve_preset(preset):
     return "cpu", "no GPU found"
 
 
-POSITIVE = ("horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate", "episode_limit", "demo_episodes",
-            "eval_episodes", "workers", "num_candidates", "heads", "discount", "tau", "policy_tau", "capacity",
-            "updates_per_step", "log_every", "save_every", "eval_every", "final_episodes")
+POSITIVE = ("horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate", "episode_limit",
+            "demo_episodes", "eval_episodes", "workers", "num_candidates", "heads", "discount", "tau", "policy_tau",
+            "capacity", "updates_per_step", "log_every", "save_every", "eval_every", "final_episodes")
 
 
 def validate(args):
@@ -244,8 +244,8 @@ def pretrain(args, data, device, book, state=None):
                 seconds = clock.split()["update"]
                 mean = total.item() / every
                 if not np.isfinite(mean):
-                    raise UserError(f"the loss became {mean} before step {step}; {book.folder}/last.pt is the last good "
-                                    "checkpoint. Check the demonstrations, or lower --learning-rate")
+                    raise UserError(f"the loss became {mean} before step {step}; {book.folder}/last.pt is the last "
+                                    "good checkpoint. Check the demonstrations, or lower --learning-rate")
                 book.log(step, bc=mean, updates_per_s=every / seconds, **{"time/update": seconds})
                 total.zero_()
             if step % every == 0 or interrupt.stop:
@@ -258,7 +258,7 @@ def pretrain(args, data, device, book, state=None):
 
 
 def stage_one(args, device):
-    """The run folder's finished checkpoint; trains it, or finishes it, when it is not there yet. None if interrupted."""
+    """The policy and logbook of the run folder's stage I, trained or finished first if need be. None if interrupted."""
     folder = Path(args.resume or args.run_dir or f"runs/{args.task}-bc-s{args.seed}")
     stored = dataclasses.asdict(args) | {"method": "bc"}
     data, state = demonstrations(args), None

@@ -5,7 +5,7 @@
     python train_online.py --resume runs/lift-poco-s0             # continues an interrupted run exactly
     python train_online.py --eval runs/lift-poco-s0 --video       # evaluates its checkpoint
 
-Writes runs/<task>-poco-s<seed>/ with args.json, progress.csv, eval.csv, TensorBoard events, last.pt, best.pt, curve.png.
+Writes runs/<task>-poco-s<seed>/: args.json, progress.csv, eval.csv, TensorBoard events, last.pt, best.pt, curve.png.
 Below: POCO's update, then a loop that knows only an agent with acting, update and state_dict, so that a baseline is a
 file with such an agent. Not here: the E-step and M-step (poco.py), the networks (flow_policy.py, chunk_critic.py).
 """
@@ -29,12 +29,12 @@ from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstration
 
 @dataclass
 class Args(OfflineArgs):
-    checkpoint: str | None = None     # stage-I checkpoint to start from; default: train one, or reuse runs/<task>-bc-s<seed>
-    act: Literal["policy", "posterior"] = "policy"  # collect with a draw from the policy (paper) or from the posterior (ours)
+    checkpoint: str | None = None     # from stage I; default: that of runs/<task>-bc-s<seed>, trained if missing
+    act: Literal["policy", "posterior"] = "policy"  # who collects: the policy (paper) or the posterior (ours)
     discount: float = 0.99            # gamma, per environment step
     heads: int = 2                    # critic heads, averaged
     tau: float = 0.005                # rate of the target critic's moving average
-    policy_tau: float = 1.0           # rate of the acting policy's moving average; 1 acts with the newest weights (paper)
+    policy_tau: float = 1.0           # rate of the acting policy's moving average; 1: the newest weights (paper)
     num_candidates: int = 32          # N, candidates per state in the E-step
     temperature: float = 0.001        # eta: how greedily the posterior follows Q
     guidance: float = 1.0             # beta, weight of the posterior against behaviour cloning; 0 is behaviour cloning
@@ -43,7 +43,7 @@ class Args(OfflineArgs):
     warmup_steps: int = 5000          # first steps with a frozen actor: only the critic learns
     online_steps: int = 500_000       # environment steps in total, warm-up included
     updates_per_step: int = 1         # gradient updates per environment step
-    capacity: int = 1_000_000         # online transitions kept beside the demonstrations; the oldest are forgotten first
+    capacity: int = 1_000_000         # online transitions kept beside the demonstrations; the oldest go first
     eval_every: int = 10_000          # environment steps between evaluations
     final_episodes: int = 100         # episodes of the last evaluation
     log_every: int = 500              # environment steps between rows of progress.csv
@@ -56,8 +56,8 @@ class POCO:
     """Policy, critic, and one update of each: Algorithm 1's learning thread."""
 
     name = "poco"
-    stats = ("q_mean", "q_min", "q_max", "q_spread", "ess", "kl", "clip_frac", "alive_mass", "bc", "surrogate", "critic",
-             "q_data", "target")
+    stats = ("q_mean", "q_min", "q_max", "q_spread", "ess", "kl", "clip_frac", "alive_mass", "bc", "surrogate",
+             "critic", "q_data", "target")
 
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock = args, policy, clock
@@ -87,7 +87,8 @@ class POCO:
             with self.autocast():
                 next_chunk = policy.sample(policy.encode(batch.next_obs), 1)
             next_q = self.target(batch.next_obs, next_chunk).mean((0, 2))
-            loss, stats = critic_loss(self.critic, batch.obs, batch.chunk, td_target(batch.returns, batch.bootstrap, next_q))
+            y = td_target(batch.returns, batch.bootstrap, next_q)
+            loss, stats = critic_loss(self.critic, batch.obs, batch.chunk, y)
             minimise(loss, self.critic_optimizer)
             ema_update(self.target, self.critic, args.tau)
         if warmup:
@@ -95,8 +96,9 @@ class POCO:
         context, candidates, weights, posterior_stats = policy.encode(batch.obs), None, None, {}
         if args.guidance > 0:
             with self.clock("e_step"), self.autocast():
-                value = lambda _, chunks: self.target(batch.obs, chunks).mean(0)
-                candidates, weights, posterior_stats = e_step(policy, value, context, args.num_candidates, args.temperature)
+                candidates, weights, posterior_stats = e_step(
+                    policy, lambda _, chunks: self.target(batch.obs, chunks).mean(0), context, args.num_candidates,
+                    args.temperature)
         with self.clock("m_step"):
             with self.autocast():
                 loss, actor_stats = m_step_loss(policy, context, batch.chunk, batch.valid, candidates, weights,
@@ -127,7 +129,7 @@ COLUMNS = ("warmup", "success", "episodes", "updates", "env_steps_per_s", "updat
 
 
 class Interaction:
-    """Algorithm 1's interaction thread: one chunk from the policy, executed open loop, every transition into the replay.
+    """Algorithm 1's interaction thread: one chunk from the policy, executed open loop, every step into the replay.
 
     Holds all that a resumed run needs besides the agent, with one random generator per purpose, so that what one part
     draws never shifts another.
@@ -135,8 +137,8 @@ class Interaction:
 
     def __init__(self, args, agent, clock, demo_steps):
         self.args, self.clock, task = args, clock, envs.TASKS[args.task]
-        self.replay = ChunkReplay(demo_steps + args.capacity, task.obs_dim, task.action_dim, args.horizon, args.discount,
-                                  agent.device)
+        self.replay = ChunkReplay(demo_steps + args.capacity, task.obs_dim, task.action_dim, args.horizon,
+                                  args.discount, agent.device)
         self.act_rng, self.episode_rng = np.random.default_rng([args.seed, 1]), np.random.default_rng([args.seed, 2])
         self.batch_rng = torch.Generator(agent.device).manual_seed(args.seed + 1)
         acting = agent.acting(args.act)
@@ -157,8 +159,8 @@ class Interaction:
         """One environment step into the replay; a new episode when the old one has ended."""
         with self.clock("env"):
             move = self.runner.step()
-            self.replay.add(move.obs, move.action, move.reward + self.args.reward_offset, move.next_obs, move.terminated,
-                            move.truncated)
+            self.replay.add(move.obs, move.action, move.reward + self.args.reward_offset, move.next_obs,
+                            move.terminated, move.truncated)
             self.steps += 1
             if move.terminated or move.truncated:
                 self.episodes += 1
@@ -220,7 +222,8 @@ def train(args, agent, data, clock, book, state=None):
                 report.write(world, warmup)
             if step % args.eval_every == 0 or last:
                 with clock("eval"):
-                    rate = evaluate(args, agent, evaluator, args.final_episodes if last else args.eval_episodes, step, book, bar)
+                    episodes = args.final_episodes if last else args.eval_episodes
+                    rate = evaluate(args, agent, evaluator, episodes, step, book, bar)
                 if rate > report.best and not warmup:
                     report.best = rate
                     save(book, "best.pt", agent, world, report)
@@ -270,7 +273,8 @@ class Report:
         return {"sums": self.sums, "updates": self.updates, "best": self.best, "seconds": self.seconds}
 
     def load_state_dict(self, state):
-        self.sums, self.updates, self.best, self.seconds = (state[name] for name in ("sums", "updates", "best", "seconds"))
+        for name in ("sums", "updates", "best", "seconds"):
+            setattr(self, name, state[name])
 
 
 def save(book, name, agent, world, report):
@@ -296,8 +300,8 @@ def refuse_nonfinite(state, step, book, where="agent"):
         for name, value in state.items():
             refuse_nonfinite(value, step, book, f"{where}.{name}")
     elif isinstance(state, torch.Tensor) and state.is_floating_point() and not torch.isfinite(state).all():
-        raise UserError(f"{where} became non-finite before step {step}; {book.folder}/last.pt is the last good checkpoint. "
-                        "Lower --learning-rate, or check the demonstrations")
+        raise UserError(f"{where} became non-finite before step {step}; {book.folder}/last.pt is the last good "
+                        "checkpoint. Lower --learning-rate, or check the demonstrations")
 
 
 def main(argv=None, args_class=Args, agent_class=POCO):

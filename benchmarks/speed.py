@@ -1,6 +1,6 @@
 """How fast is one POCO update, and what share of the processor's own matrix-product rate is that?
 
-    python -m benchmarks.speed                        # paper size, about a minute on two cores; writes benchmarks/speed-paper.json
+    python -m benchmarks.speed                    # paper size, a minute; writes benchmarks/speed-paper.json
     python -m benchmarks.speed --preset cpu
 
 The product rate is measured in the same run, between the updates, because the speed of a shared machine drifts.
@@ -74,7 +74,8 @@ def main():
     agent = POCO(args, policy, clock)
     size, obs_dim, action_dim = args.batch_size, len(policy.obs_mean), policy.action_dim
     batch = Batch(torch.randn(size, obs_dim), torch.rand(size, args.horizon, action_dim) * 2 - 1,
-                  torch.ones(size, args.horizon), torch.rand(size), torch.full((size,), 0.95), torch.randn(size, obs_dim))
+                  torch.ones(size, args.horizon), torch.rand(size), torch.full((size,), 0.95),
+                  torch.randn(size, obs_dim))
     batch = Batch(*(value.to(device) for value in batch))
     for _ in range(3):
         agent.update(batch, warmup=False)
@@ -97,7 +98,7 @@ def main():
     print(f"{report['gflop_per_update']:.0f} GFLOP per update, {1e3 * median:.1f} ms: {1 / median:.2f} updates/s")
     for name, value in phases.items():
         print(f"  {name:8s} {1e3 * value:8.1f} ms   {flops[name] / value / 1e9:7.0f} GFLOP/s")
-    print(f"{args.precision} matrix product {rate / 1e9:.0f} GFLOP/s; the whole update runs at {100 * share:.0f} % of it")
+    print(f"{args.precision} matrix product {rate / 1e9:.0f} GFLOP/s; the whole update: {100 * share:.0f} % of it")
     out = Path(speed.out or f"benchmarks/speed-{speed.preset}.json")
     out.write_text(json.dumps(report, indent=2) + "\n")
 

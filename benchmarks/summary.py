@@ -1,7 +1,7 @@
 """The README's tables, from the CSV files of runs.
 
-    python -m benchmarks.summary benchmarks/lift/*          # one row per run: success at every evaluation, time, settings
-    python -m logbook benchmarks/lift/poco-s*               # the figure
+    python -m benchmarks.summary benchmarks/lift/*        # one row per run: success at every evaluation, time, settings
+    python -m logbook benchmarks/lift/poco-s*             # the figure
 """
 import csv
 import sys

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import envs
-from demos.hdf5 import env_args, load, save
+from demos.hdf5 import env_args, load, save  # noqa: F401 - demos.load, demos.env_args
 from demos.lift import LiftDemonstrator
 
 EXPERTS = {"lift": LiftDemonstrator}
@@ -41,7 +41,7 @@ def collect(task, episodes: int, seed: int, path, workers: int = 1, progress: bo
             if len(kept) == episodes:
                 break
             if attempts >= 20 and len(kept) < 0.2 * attempts:
-                raise RuntimeError(f"only {len(kept)} of {attempts} scripted attempts succeeded; is the simulator right?")
+                raise RuntimeError(f"only {len(kept)} of {attempts} attempts succeeded: is the simulator right?")
     save(path, task, kept[0]["env_args"], kept)
     if progress:
         lengths = [len(episode["action"]) for episode in kept]
@@ -58,7 +58,8 @@ def _attempts(task, seed: int, workers: int):
     from itertools import islice
     from multiprocessing import get_context
 
-    with get_context("spawn").Pool(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+    ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with get_context("spawn").Pool(workers, **ignore) as pool:
         while batch := list(islice(jobs, 2 * workers)):
             yield from pool.imap(_attempt, batch)
 

@@ -55,7 +55,8 @@ def _save_episode(group, task: Task, episode: dict) -> None:
 
 def load(path, task: str | Task | None = None, episodes: int | None = None) -> dict[str, np.ndarray]:
     """
-    All steps of a file (or of its first `episodes` demonstrations), in order: obs (N, D), action (N, A), reward, next_obs, terminated, truncated (N,).
+    All steps of a file (or of its first `episodes` demonstrations), in order: obs (N, D), action (N, A), reward (N,),
+    next_obs (N, D), terminated and truncated (N,).
     A demonstration ends at its first success (terminated) or at its last step (truncated).
     """
     import h5py
@@ -74,7 +75,7 @@ def load(path, task: str | Task | None = None, episodes: int | None = None) -> d
                 raise ValueError(f"{path}: key 'data' holds {len(demos)} demonstrations, {episodes} were asked for")
             parts = [_load_episode(f"{path}: data/{key}", file["data"][key], task) for key in demos[:episodes]]
     except OSError as error:
-        raise ValueError(f"{path}: not a readable HDF5 file, truncated perhaps ({error}); make or fetch it again") from error
+        raise ValueError(f"{path}: not readable as HDF5, truncated perhaps ({error}): make or fetch it anew") from error
     if not parts:
         raise ValueError(f"{path}: key 'data' holds no demonstration")
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -107,7 +108,8 @@ def _task_of(path, data, task) -> Task:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if arguments.get("env_name") != task.env_name:
-        raise ValueError(f"{path}: 'env_args' is for {arguments.get('env_name')}, task '{task.name}' needs {task.env_name}")
+        found = arguments.get("env_name")
+        raise ValueError(f"{path}: 'env_args' is for {found}, task '{task.name}' needs {task.env_name}")
     return task
 
 

@@ -22,8 +22,9 @@ FLOORS = ({*METHOD, "logbook", "envs"}, {"arms", "demos", "distributed", "vla_he
           {"train_offline", "train_online", "baselines", "benchmarks"})
 PROJECT = set.union(*FLOORS)
 SIMULATORS = {"robosuite", "robomimic", "mujoco", "ogbench", "dm_control"}
-LAYOUT = """poco.py flow_policy.py chunk_critic.py replay.py envs.py robot.py vla_head.py train_offline.py train_online.py
-tests demos logbook baselines arms distributed benchmarks README.md requirements.txt Makefile LICENSE .ci/run""".split()
+LAYOUT = """poco.py flow_policy.py chunk_critic.py replay.py envs.py robot.py vla_head.py train_offline.py
+train_online.py tests demos logbook baselines arms distributed benchmarks README.md requirements.txt
+Makefile LICENSE .ci/run""".split()
 PENDING = {"robot.py", "vla_head.py", "baselines", "arms", "distributed"}       # skipped until they exist
 
 TOP = sorted(ROOT.glob("*.py"))

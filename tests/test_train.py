@@ -20,7 +20,8 @@ from logbook import UserError, load_checkpoint
 ROOT = Path(__file__).parent.parent
 TOY = ("--preset cpu --hidden 32 --layers 2 --batch-size 16 --flow-steps 2 --episode-limit 25 --workers 1 --device cpu "
        "--precision float32 --threads 1 --learning-rate 3e-3 --eval-episodes 1 --demo-episodes 2").split()
-ONLINE = TOY + "--num-candidates 4 --warmup-steps 8 --final-episodes 2 --eval-every 1000 --log-every 4 --save-every 10".split()
+ONLINE = TOY + ("--num-candidates 4 --warmup-steps 8 --final-episodes 2 --eval-every 1000 --log-every 4 "
+                "--save-every 10").split()
 pytestmark = pytest.mark.sim
 
 
@@ -66,7 +67,8 @@ def rows(path):
 
 
 def test_stage_one_writes_a_run_folder_and_a_policy_that_loads(stage_one):
-    assert {"args.json", "progress.csv", "eval.csv", "last.pt", "curve.png"} <= {path.name for path in stage_one.iterdir()}
+    written = {path.name for path in stage_one.iterdir()}
+    assert {"args.json", "progress.csv", "eval.csv", "last.pt", "curve.png"} <= written
     losses = [float(row["bc"]) for row in rows(stage_one / "progress.csv")]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert len(rows(stage_one / "eval.csv")) == 1
@@ -132,7 +134,8 @@ def test_guidance_zero_is_behaviour_cloning_and_samples_no_candidate(demo_file, 
     def forbidden(*_):
         raise AssertionError("the E-step ran although guidance is 0")
     monkeypatch.setattr(train_online, "e_step", forbidden)
-    folder = online(tmp_path / "run", demo_file, stage_one, "--online-steps", "12", "--guidance", "0", "--act", "posterior")
+    folder = online(tmp_path / "run", demo_file, stage_one, "--online-steps", "12", "--guidance", "0",
+                    "--act", "posterior")
     assert rows(folder / "progress.csv")[-1]["surrogate"] == ""
 
 
@@ -171,7 +174,8 @@ def test_the_paper_preset_is_tables_2_and_3():
 
 
 def test_flags_win_over_the_preset():
-    args = train_offline.parse(train_online.Args, ["--task", "lift", "--preset", "cpu", "--clip", "inf", "--hidden", "7"])
+    argv = "--task lift --preset cpu --clip inf --hidden 7".split()
+    args = train_offline.parse(train_online.Args, argv)
     assert args.clip == float("inf") and args.hidden == 7
     assert args.batch_size == train_offline.preset_defaults(train_online.Args, "lift", "cpu").batch_size
 
@@ -201,10 +205,10 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", list(bad_commands.__doc__ and [
-    "unknown task", "no such demonstrations", "truncated demonstrations", "foreign demonstrations", "no such checkpoint",
-    "another version", "other networks", "another task", "resume nothing", "a run is there", "unwritable folder",
-    "temperature 0"]))
+@pytest.mark.parametrize("name", [
+    "unknown task", "no such demonstrations", "truncated demonstrations", "foreign demonstrations",
+    "no such checkpoint", "another version", "other networks", "another task", "resume nothing", "a run is there",
+    "unwritable folder", "temperature 0"])
 def test_a_mistake_gets_one_clear_sentence(name, demo_file, stage_one, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv, named = bad_commands(demo_file, stage_one, uninterrupted, tmp_path)[name]
@@ -235,7 +239,7 @@ def test_divergence_stops_the_run_and_the_last_good_checkpoint_stays(demo_file, 
 
 
 def test_both_stages_from_the_command_line_with_task_as_the_only_needed_flag(tmp_path):
-    """Makes its own demonstrations, runs stage I by itself, then stage II, acting from the posterior, in two workers."""
+    """Makes its own demonstrations, runs stage I by itself, then stage II from the posterior, in two workers."""
     argv = [*ONLINE, "--task", "lift", "--pretrain-steps", "10", "--online-steps", "16", "--act", "posterior",
             "--workers", "2"]
     done = subprocess.run([sys.executable, str(ROOT / "train_online.py"), *argv], cwd=tmp_path, text=True,
