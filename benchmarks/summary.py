@@ -8,18 +8,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from logbook import read_args
-from logbook.figure import wilson
-
-
-def evaluations(folder):
-    """{(acting, step): (successes, episodes)}"""
-    found = defaultdict(lambda: [0, 0])
-    with open(Path(folder) / "eval.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            found[row["acting"], int(row["step"])][0] += int(row["success"])
-            found[row["acting"], int(row["step"])][1] += 1
-    return found
+from logbook import cli, read_args
+from logbook.figure import read_run, wilson
 
 
 def seconds(folder):
@@ -34,15 +24,14 @@ def seconds(folder):
 
 
 def main(folders):
-    steps = sorted({step for folder in folders for _, step in evaluations(folder)})
-    print("| run | act | evaluated | " + " | ".join(f"{step:,}" for step in steps) + " | 95 % interval at the end |")
+    runs = {folder: read_run(folder)[1] for folder in folders}        # {acting: {step: (successes, episodes)}}
+    steps = sorted({step for run in runs.values() for found in run.values() for step in found})
+    print("| run | act | evaluated | " + " | ".join(f"{step:,.0f}" for step in steps) + " | 95 % interval at the end |")
     print("|---" * (len(steps) + 4) + "|")
-    for folder in folders:
-        found = evaluations(folder)
-        for acting in sorted({acting for acting, _ in found}):
-            cells = [found.get((acting, step)) for step in steps]
-            percent = [f"{100 * cell[0] / cell[1]:.0f}" if cell else "" for cell in cells]
-            low, high = wilson(*next(cell for cell in reversed(cells) if cell))
+    for folder, run in runs.items():
+        for acting, found in sorted(run.items()):
+            percent = [f"{100 * found[step][0] / found[step][1]:.0f}" if step in found else "" for step in steps]
+            low, high = wilson(*found[max(found)])
             print(f"| {Path(folder).name} | {read_args(folder)['act']} | {acting} | " + " | ".join(percent)
                   + f" | {100 * low:.0f}-{100 * high:.0f} |")
     for folder in folders:
@@ -52,4 +41,4 @@ def main(folders):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    cli(lambda: main(sys.argv[1:]))
