@@ -41,7 +41,7 @@ class Args:
     layers: int = 4                   # hidden layers of every network
     flow_steps: int = 10              # K, Euler steps from noise to a chunk
     batch_size: int = 256             # chunks per update
-    learning_rate: float = 3e-4       # Adam, all networks
+    learning_rate: float = 3e-4       # Adam, in stage I
     normalize: bool = True            # standardise observations with the demonstrations' mean and deviation (ours)
     pretrain_steps: int = 100_000     # stage I gradient steps
     eval_episodes: int = 50           # episodes per evaluation, always the same seeds
@@ -99,7 +99,7 @@ def resolve_preset(preset):
 
 
 POSITIVE = ("horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate", "episode_limit",
-            "demo_episodes", "eval_episodes", "workers", "num_candidates", "heads", "discount", "tau", "policy_tau",
+            "demo_episodes", "eval_episodes", "workers", "num_candidates", "heads", "discount", "tau", "policy_tau", "online_learning_rate",
             "capacity", "updates_per_step", "log_every", "save_every", "eval_every", "final_episodes")
 
 

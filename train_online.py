@@ -34,6 +34,7 @@ class Args(OfflineArgs):
     discount: float = 0.99            # gamma, per environment step
     heads: int = 2                    # critic heads, averaged
     tau: float = 0.005                # rate of the target critic's moving average
+    online_learning_rate: float = 3e-4  # Adam in stage II, policy and critic
     policy_tau: float = 1.0           # rate of the acting policy's moving average; 1: the newest weights (paper)
     num_candidates: int = 32          # N, candidates per state in the E-step
     temperature: float = 0.001        # eta: how greedily the posterior follows Q
@@ -68,8 +69,8 @@ class POCO:
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor = copy.deepcopy(policy).requires_grad_(False)          # what acts and what is delivered
         fused = self.device.type != "mps"
-        self.actor_optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.learning_rate, fused=fused)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.learning_rate, fused=fused)
+        self.actor_optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.online_learning_rate, fused=fused)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.online_learning_rate, fused=fused)
 
     def acting(self, mode):
         """The callable that acts: "policy" draws from the policy, "posterior" from the online critic's posterior."""
@@ -301,7 +302,7 @@ def refuse_nonfinite(state, step, book, where="agent"):
             refuse_nonfinite(value, step, book, f"{where}.{name}")
     elif isinstance(state, torch.Tensor) and state.is_floating_point() and not torch.isfinite(state).all():
         raise UserError(f"{where} became non-finite before step {step}; {book.folder}/last.pt is the last good "
-                        "checkpoint. Lower --learning-rate, or check the demonstrations")
+                        "checkpoint. Lower --online-learning-rate, or check the demonstrations")
 
 
 def main(argv=None, args_class=Args, agent_class=POCO):

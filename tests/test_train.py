@@ -167,7 +167,8 @@ def test_acting_from_the_posterior_takes_the_candidate_the_critic_prefers():
 
 def test_the_paper_preset_is_tables_2_and_3():
     args = train_offline.preset_defaults(train_online.Args, "lift", "paper")
-    table = dict(batch_size=256, learning_rate=3e-4, discount=0.99, horizon=5, warmup_steps=5000, num_candidates=32,
+    table = dict(batch_size=256, learning_rate=3e-4, online_learning_rate=3e-4, discount=0.99, horizon=5,
+                 warmup_steps=5000, num_candidates=32,
                  temperature=0.001, guidance=1.0, clip=0.15, hidden=512, layers=4, flow_steps=10, updates_per_step=1,
                  tau=0.005, heads=2, reward_offset=0.0, episode_limit=300)
     assert {name: getattr(args, name) for name in table} == table
@@ -230,7 +231,7 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
 
 def test_divergence_stops_the_run_and_the_last_good_checkpoint_stays(demo_file, stage_one, tmp_path):
     with pytest.raises(UserError, match="step"):
-        online(tmp_path / "run", demo_file, stage_one, "--online-steps", "40", "--learning-rate", "1e30",
+        online(tmp_path / "run", demo_file, stage_one, "--online-steps", "40", "--online-learning-rate", "1e30",
                "--save-every", "1", "--warmup-steps", "4")
     path = tmp_path / "run" / "last.pt"
     if path.exists():                                        # the first update may already be the bad one
