@@ -75,7 +75,8 @@ def load(path, task: str | Task | None = None, episodes: int | None = None) -> d
                 raise ValueError(f"{path}: key 'data' holds {len(demos)} demonstrations, {episodes} were asked for")
             parts = [_load_episode(f"{path}: data/{key}", file["data"][key], task) for key in demos[:episodes]]
     except OSError as error:
-        raise ValueError(f"{path}: not readable as HDF5, truncated perhaps ({error}): make or fetch it anew") from error
+        raise ValueError(f"{path}: not a readable HDF5 file, truncated perhaps ({error}); make or fetch it "
+                         "again") from error
     if not parts:
         raise ValueError(f"{path}: key 'data' holds no demonstration")
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
