@@ -111,7 +111,7 @@ class DSRL:
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock, self.device = args, policy, clock, policy.obs_mean.device
         self.policy.requires_grad_(False)
-        self.aliasing = args.variant == "dsrl-na"
+        self.name, self.aliasing = args.variant, args.variant == "dsrl-na"
         self.critic, self.target = make_critic(args, policy)           # Q^A of chunks, or Q of noise
         self.noise_critic = make_critic(args, policy)[0] if self.aliasing else self.critic              # Q^W
         self.actor = TanhGaussian(policy, args.hidden, args.layers)

@@ -84,7 +84,7 @@ class FQL:
 
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock, self.device = args, policy, clock, policy.obs_mean.device
-        self.one_step = copy.deepcopy(policy)
+        self.name, self.one_step = args.variant, copy.deepcopy(policy)
         self.critic, self.target = make_critic(args, policy)
         self.actor = OneStep(policy)
         self.actor_optimizer = adam([*policy.head_parameters(), *self.one_step.parameters()], args)

@@ -113,7 +113,7 @@ class RLPD:
     draw = staticmethod(half_and_half)
 
     def __init__(self, args, policy, clock):
-        self.args, self.clock, self.device = args, clock, policy.obs_mean.device
+        self.name, self.args, self.clock, self.device = args.variant, args, clock, policy.obs_mean.device
         self.critic, self.target = make_critic(args, policy)
         self.actor = TanhGaussian(policy, args.hidden, args.layers)
         self.temperature = Temperature(args.init_temperature).to(self.device)
