@@ -36,7 +36,7 @@ from train_online import LoopArgs, adam, autocast, make_critic, minimise
 @dataclass
 class Args(LoopArgs):
     variant: Literal["qc-fql", "fql"] = "qc-fql"  # fql: horizon 1
-    alpha: float = 1.0                # weight of distillation against Q (ours; it scales with Q, so with the rewards)
+    alpha: float = 10.0               # weight of distillation against Q; it scales with Q, so with the rewards
 
     def __post_init__(self):
         if self.variant == "fql":

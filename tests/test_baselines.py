@@ -143,6 +143,20 @@ def test_the_target_bootstraps_with_the_discount_and_not_through_a_terminal(name
     assert torch.isclose(stats["target"], batch.returns.mean() + 3.5)
 
 
+@pytest.mark.parametrize("name", ["qc", "qc-fql"])
+def test_steps_after_an_episodes_end_are_not_cloned(name, monkeypatch):
+    """The replay's mask reaches the flow-matching loss."""
+    agent, batch, seen = make(name), toy_batch(), []
+    loss = agent.policy.cfm_loss
+
+    def spy(context, actions, valid=None):
+        seen.append(valid)
+        return loss(context, actions, valid)
+    monkeypatch.setattr(agent.policy, "cfm_loss", spy)
+    agent.update(batch, warmup=False)
+    assert len(seen) == 1 and seen[0] is batch.valid
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_an_agent_restored_from_its_state_continues_bitwise(name):
     agent, other = make(name), make(name)
