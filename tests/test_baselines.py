@@ -261,6 +261,13 @@ def test_fql_weighs_its_three_losses_as_published(monkeypatch):
     assert torch.isclose(kept[0][1], stats["bc"] + 7 * stats["distill"] - stats["q_actor"])
 
 
+def test_fql_asks_the_critic_about_the_clipped_chunk():
+    agent, batch = make("qc-fql"), toy_batch()
+    agent.one_step.out.bias.data.add_(9.0)                   # all of it beyond the action range
+    expected = agent.critic(batch.obs, torch.ones(64, 1, HORIZON, ACTION)).mean()
+    assert torch.isclose(agent.update_actor(batch, warmup=False)["q_actor"], expected)
+
+
 def test_fql_is_single_actions_and_qc_fql_chunks():
     assert fql.Args(variant="fql").horizon == 1 and fql.Args(variant="qc-fql").horizon == 5
     assert rlpd.Args(variant="rlpd").horizon == 1 and rlpd.Args().horizon == 5
