@@ -6,8 +6,8 @@
     python train_online.py --eval runs/lift-poco-s0 --video       # evaluates its checkpoint
 
 Writes runs/<task>-poco-s<seed>/: args.json, progress.csv, eval.csv, TensorBoard events, last.pt, best.pt, curve.png.
-Below: POCO's update, then a loop that knows only an agent with acting, update and state_dict, so that a baseline is a
-file with such an agent. Not here: the E-step and M-step (poco.py), the networks (flow_policy.py, chunk_critic.py).
+Below: POCO's update, then a loop that knows only an agent; a baseline is a file with such an agent (baselines/).
+Not here: the E-step and M-step (poco.py), the networks (flow_policy.py, chunk_critic.py).
 """
 import copy
 import dataclasses
@@ -28,18 +28,15 @@ from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstration
 
 
 @dataclass
-class Args(OfflineArgs):
+class LoopArgs(OfflineArgs):
+    """What every method of this loop needs."""
+
     checkpoint: str | None = None     # from stage I; default: that of runs/<task>-bc-s<seed>, trained if missing
-    act: Literal["policy", "posterior"] = "policy"  # who collects: the policy (paper) or the posterior (ours)
     discount: float = 0.99            # gamma, per environment step
     heads: int = 2                    # critic heads, averaged
     tau: float = 0.005                # rate of the target critic's moving average
     online_learning_rate: float = 3e-4  # Adam in stage II, policy and critic
     policy_tau: float = 1.0           # rate of the acting policy's moving average; 1: the newest weights (paper)
-    num_candidates: int = 32          # N, candidates per state in the E-step
-    temperature: float = 0.001        # eta: how greedily the posterior follows Q
-    guidance: float = 1.0             # beta, weight of the posterior against behaviour cloning; 0 is behaviour cloning
-    clip: float = 0.15                # zeta, threshold of the surrogate (mean over a chunk's cells); inf is no clip
     reward_offset: float = 0.0        # added to every reward, demonstrations included (authors' code: -0.01)
     warmup_steps: int = 5000          # first steps with a frozen actor: only the critic learns
     online_steps: int = 500_000       # environment steps in total, warm-up included
@@ -51,6 +48,15 @@ class Args(OfflineArgs):
     save_every: int = 5000            # environment steps between checkpoints
 
 
+@dataclass
+class Args(LoopArgs):
+    act: Literal["policy", "posterior"] = "policy"  # who collects: the policy (paper) or the posterior (ours)
+    num_candidates: int = 32          # N, candidates per state in the E-step
+    temperature: float = 0.001        # eta: how greedily the posterior follows Q
+    guidance: float = 1.0             # beta, weight of the posterior against behaviour cloning; 0 is behaviour cloning
+    clip: float = 0.15                # zeta, threshold of the surrogate (mean over a chunk's cells); inf is no clip
+
+
 # ---- POCO ------------------------------------------------------------------------------------------------------------
 
 class POCO:
@@ -59,18 +65,16 @@ class POCO:
     name = "poco"
     stats = ("q_mean", "q_min", "q_max", "q_spread", "ess", "kl", "clip_frac", "alive_mass", "bc", "surrogate",
              "critic", "q_data", "target")
+    modes = ("policy", "posterior")       # ways of acting to evaluate, that of the delivered policy first
+    draw = staticmethod(ChunkReplay.sample)       # batches: uniform over demonstrations and experience
 
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock = args, policy, clock
-        self.device = policy.obs_mean.device
-        task = envs.TASKS[args.task]
-        self.critic = ChunkCritic(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.heads)
-        self.critic.to(self.device).set_normalizer(policy.obs_mean, policy.obs_std)
-        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.device, self.collects = policy.obs_mean.device, args.act
+        self.critic, self.target = make_critic(args, policy)
         self.actor = copy.deepcopy(policy).requires_grad_(False)          # what acts and what is delivered
-        fused = self.device.type != "mps"
-        self.actor_optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.online_learning_rate, fused=fused)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.online_learning_rate, fused=fused)
+        self.actor_optimizer = adam(policy.head_parameters(), args)
+        self.critic_optimizer = adam(self.critic.parameters(), args)
 
     def acting(self, mode):
         """The callable that acts: "policy" draws from the policy, "posterior" from the online critic's posterior."""
@@ -78,14 +82,11 @@ class POCO:
             return Acting(self.actor)
         return Acting(self.actor, self.critic, self.args.num_candidates, self.args.temperature)
 
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16")
-
     def update(self, batch, warmup):
         """One update on a batch of replay chunks; during warm-up the actor is frozen. Returns stats."""
         args, policy = self.args, self.policy
         with self.clock("critic"):
-            with self.autocast():
+            with autocast(args, self.device):
                 next_chunk = policy.sample(policy.encode(batch.next_obs), 1)
             next_q = self.target(batch.next_obs, next_chunk).mean((0, 2))
             y = td_target(batch.returns, batch.bootstrap, next_q)
@@ -96,12 +97,12 @@ class POCO:
             return stats
         context, candidates, weights, posterior_stats = policy.encode(batch.obs), None, None, {}
         if args.guidance > 0:
-            with self.clock("e_step"), self.autocast():
+            with self.clock("e_step"), autocast(args, self.device):
                 candidates, weights, posterior_stats = e_step(
                     policy, lambda _, chunks: self.target(batch.obs, chunks).mean(0), context, args.num_candidates,
                     args.temperature)
         with self.clock("m_step"):
-            with self.autocast():
+            with autocast(args, self.device):
                 loss, actor_stats = m_step_loss(policy, context, batch.chunk, batch.valid, candidates, weights,
                                                 args.guidance, args.clip)
             minimise(loss, self.actor_optimizer)
@@ -117,13 +118,30 @@ class POCO:
             getattr(self, name).load_state_dict(value)
 
 
+def make_critic(args, policy):
+    """The online critic and its target, with the policy's observation statistics, on its device."""
+    task = envs.TASKS[args.task]
+    critic = ChunkCritic(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.heads)
+    critic.to(policy.obs_mean.device).set_normalizer(policy.obs_mean, policy.obs_std)
+    return critic, copy.deepcopy(critic).requires_grad_(False)
+
+
+def adam(parameters, args):
+    parameters = list(parameters)
+    return torch.optim.Adam(parameters, lr=args.online_learning_rate, fused=parameters[0].device.type != "mps")
+
+
+def autocast(args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
+
+
 def minimise(loss, optimizer):
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
 
 
-# ---- the loop: any agent with acting, update and state_dict ----------------------------------------------------------
+# ---- the loop: any agent with acting, modes, collects, draw, update, stats and state_dict ----------------------------
 
 PHASES = ("env", "act", "critic", "e_step", "m_step", "eval")
 COLUMNS = ("warmup", "success", "episodes", "updates", "env_steps_per_s", "updates_per_s")
@@ -138,11 +156,12 @@ class Interaction:
 
     def __init__(self, args, agent, clock, demo_steps):
         self.args, self.clock, task = args, clock, envs.TASKS[args.task]
+        self.draw, self.observe = agent.draw, getattr(agent, "observe", lambda move: None)
         self.replay = ChunkReplay(demo_steps + args.capacity, task.obs_dim, task.action_dim, args.horizon,
                                   args.discount, agent.device)
         self.act_rng, self.episode_rng = np.random.default_rng([args.seed, 1]), np.random.default_rng([args.seed, 2])
         self.batch_rng = torch.Generator(agent.device).manual_seed(args.seed + 1)
-        acting = agent.acting(args.act)
+        acting = agent.acting(agent.collects)
 
         def act(obs):
             with clock("act"):
@@ -162,6 +181,7 @@ class Interaction:
             move = self.runner.step()
             self.replay.add(move.obs, move.action, move.reward + self.args.reward_offset, move.next_obs,
                             move.terminated, move.truncated)
+            self.observe(move)
             self.steps += 1
             if move.terminated or move.truncated:
                 self.episodes += 1
@@ -169,7 +189,7 @@ class Interaction:
                 self.runner.reset(self._episode_seed())
 
     def batch(self):
-        return self.replay.sample(self.args.batch_size, self.batch_rng)
+        return self.draw(self.replay, self.args.batch_size, self.batch_rng)
 
     def success(self):
         """Share of the last 20 episodes, None before the first has ended."""
@@ -285,14 +305,15 @@ def save(book, name, agent, world, report):
 
 
 def evaluate(args, agent, evaluator, episodes, step, book, bar):
-    """Success of the bare policy and, once the critic has learnt, of the posterior; returns that of the policy."""
+    """Success of every way of acting (at step 0 of the bare policy: no critic has learnt yet); returns the first's."""
     rates = {}
-    for mode in ("policy", "posterior") if step > 0 else ("policy",):
+    modes = agent.modes if step > 0 else ("policy",)
+    for mode in modes:
         result = evaluator.run(copy.deepcopy(agent.acting(mode)).to("cpu"), episodes, EVAL_SEED)
         record_result(book, step, mode, result)
         bar.write(f"step {step}, acting from the {mode}: success {result}")
         rates[mode] = result.success_rate
-    return rates["policy"]
+    return rates[modes[0]]
 
 
 def refuse_nonfinite(state, step, book, where="agent"):
@@ -305,40 +326,13 @@ def refuse_nonfinite(state, step, book, where="agent"):
                         "checkpoint. Lower --online-learning-rate, or check the demonstrations")
 
 
-def main(argv=None, args_class=Args, agent_class=POCO):
-    args = parse(args_class, argv)
-    device, clock = setup(args), Clock()
-    folder = Path(args.eval or args.resume or args.run_dir or f"runs/{args.task}-{agent_class.name}-s{args.seed}")
-    columns = [*COLUMNS, *agent_class.stats, *(f"time/{name}" for name in PHASES)]
-    if args.eval:
-        return evaluate_checkpoint(args, agent_class(args, make_policy(args, device), clock), folder)
-    data = demonstrations(args)           # bad files are refused before anything is written
-    if args.resume:
-        book = Logbook.resume(folder, columns, task=args.task, method=agent_class.name)
-        state = book.load("last.pt")
-        book.rewind(state["world"]["steps"])
-        policy = make_policy(args, device)
-    else:
-        state = None
-        policy = load_policy(args, device)
-        if policy is None:
-            return
-        stored = dataclasses.asdict(args) | {"method": agent_class.name}
-        book = Logbook.create(folder, stored, columns, overwrite=args.overwrite)
-    torch.manual_seed(args.seed)          # the same whether stage I ran just now or its checkpoint was loaded
-    agent = agent_class(args, policy, clock)
-    if train(args, agent, data, clock, book, state):
-        print(f"done: {curve(book.folder)}")
-        if args.video:
-            video(args, agent.acting("policy"), book.folder)
-    book.close()
-
-
 def load_policy(args, device):
     """The stage-I policy: from args.checkpoint, or trained now. None if the user interrupted stage I."""
     if args.checkpoint is None:
         offline = OfflineArgs(**{field.name: getattr(args, field.name) for field in dataclasses.fields(OfflineArgs)})
-        offline.run_dir, offline.resume, offline.overwrite = None, None, False
+        other = f"-h{args.horizon}" if args.horizon != OfflineArgs.horizon else ""         # another policy, another run
+        offline.run_dir = f"runs/{args.task}-bc{other}-s{args.seed}"
+        offline.resume, offline.overwrite = None, False
         done = stage_one(offline, device)
         return None if done is None else done[0]
     policy = make_policy(args, device)
@@ -350,14 +344,44 @@ def load_policy(args, device):
     return policy
 
 
+def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy):
+    args = parse(args_class, argv)
+    device, clock = setup(args), Clock()
+    name = getattr(args, "variant", agent_class.name)         # a file may hold a method's variants
+    folder = Path(args.eval or args.resume or args.run_dir or f"runs/{args.task}-{name}-s{args.seed}")
+    columns = [*COLUMNS, *agent_class.stats, *(f"time/{phase}" for phase in PHASES)]
+    if args.eval:
+        return evaluate_checkpoint(args, agent_class(args, make_policy(args, device), clock), folder)
+    data = demonstrations(args)           # bad files are refused before anything is written
+    if args.resume:
+        book = Logbook.resume(folder, columns, task=args.task, method=name)
+        state = book.load("last.pt")
+        book.rewind(state["world"]["steps"])
+        policy = make_policy(args, device)
+    else:
+        state = None
+        policy = load(args, device)
+        if policy is None:
+            return
+        stored = dataclasses.asdict(args) | {"method": name}
+        book = Logbook.create(folder, stored, columns, overwrite=args.overwrite)
+    torch.manual_seed(args.seed)          # the same whether stage I ran just now or its checkpoint was loaded
+    agent = agent_class(args, policy, clock)
+    if train(args, agent, data, clock, book, state):
+        print(f"done: {curve(book.folder)}")
+        if args.video:
+            video(args, agent.acting(agent.modes[0]), book.folder)
+    book.close()
+
+
 def evaluate_checkpoint(args, agent, folder):
     agent.load_state_dict(load_checkpoint(folder / "last.pt")["agent"])
     with envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator:
-        for mode in ("policy", "posterior"):
+        for mode in agent.modes:
             result = evaluator.run(agent.acting(mode).to("cpu"), args.final_episodes, EVAL_SEED)
             print(f"acting from the {mode}: success {result}")
     if args.video:
-        video(args, agent.acting("policy"), folder)
+        video(args, agent.acting(agent.modes[0]), folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""Methods compared like with like: same demonstrations, same stage-I policy, same evaluation episodes, several seeds.
+
+    python -m benchmarks.compare --task lift --methods poco,qc,qc-fql,rlpd-ac,dsrl-na --seeds 3
+    python -m benchmarks.compare --task lift --methods "poco,poco --clip inf,poco --clip 0"     # an ablation
+    python -m benchmarks.compare --task lift --methods poco,qc --seeds 3 --online-steps 6000    # flags for every run
+
+Runs go to runs/<task>-<method>-s<seed>/ and start from runs/<task>-bc-s<seed>, trained if missing. A finished run is
+skipped and an interrupted one continued, so the same command picks up where it stopped, adds seeds and adds methods.
+Writes --out (default runs/compare-<task>).csv, .md (the table), .png (environment steps on x) and -time.png (seconds).
+Cost on two cores, preset cpu: 5 to 10 minutes a run. Not here: behaviour cloning as a run (it is step 0 of the others).
+"""
+import argparse
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from logbook import UserError, cli, read_args
+from logbook.figure import PALETTE, read_run
+
+# method: (module, its flags, the way of acting that it delivers)
+METHODS = {
+    "poco": ("train_online", [], "policy"),
+    "poco-posterior": ("train_online", ["--act", "posterior"], "posterior"),
+    "qc": ("baselines.qc", [], "best"),
+    "qc-fql": ("baselines.fql", ["--variant", "qc-fql"], "policy"),
+    "fql": ("baselines.fql", ["--variant", "fql"], "policy"),
+    "rlpd-ac": ("baselines.rlpd", ["--variant", "rlpd-ac"], "policy"),
+    "rlpd": ("baselines.rlpd", ["--variant", "rlpd"], "policy"),
+    "dsrl-na": ("baselines.dsrl", ["--variant", "dsrl-na"], "policy"),
+    "dsrl-sac": ("baselines.dsrl", ["--variant", "dsrl-sac"], "policy"),
+}
+SHARED = ("preset", "demos", "demo_episodes", "hidden", "layers", "flow_steps", "batch_size", "pretrain_steps",
+          "episode_limit", "reward_offset", "discount", "capacity", "warmup_steps", "online_steps", "updates_per_step",
+          "online_learning_rate", "eval_every", "eval_episodes", "final_episodes")
+COLUMNS = ("method", "acting", "seed", "step", "successes", "episodes", "seconds")
+
+
+# ---- the runs --------------------------------------------------------------------------------------------------------
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--task", default="lift")
+    parser.add_argument("--methods", default="poco,qc", help=f"of {', '.join(METHODS)}; each may carry its own flags")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--out", help="where the results go, without an ending; default runs/compare-<task>")
+    args, flags = parser.parse_known_args(argv)
+    args.methods = [" ".join(method.split()) for method in args.methods.split(",")]
+    unknown = {method.split()[0] if method else "" for method in args.methods} - set(METHODS)
+    if unknown:
+        raise UserError(f"unknown method {', '.join(sorted(unknown))!r}; methods: {', '.join(METHODS)}")
+    return args, flags
+
+
+def folder_of(task, method, seed):
+    """Flags are part of the name: 'poco --clip inf' -> runs/lift-poco_clip_inf-s0."""
+    return Path("runs") / f"{task}-{'_'.join(method.replace('--', '').split())}-s{seed}"
+
+
+def finished(folder):
+    if not (folder / "eval.csv").exists():
+        return False
+    last = read_args(folder)["online_steps"]
+    return any(last in steps for steps in read_run(folder)[1].values())
+
+
+def run(task, method, seed, flags):
+    """One run, unless it is finished. False if the user interrupted it."""
+    folder, (name, *own) = folder_of(task, method, seed), method.split()
+    if finished(folder):
+        print(f"{folder}: finished", flush=True)
+        return True
+    module, variant, _ = METHODS[name]
+    if (folder / "last.pt").exists():
+        argv = ["--resume", str(folder)]
+    else:                                     # whatever is there was interrupted before it first saved
+        argv = ["--task", task, "--seed", str(seed), *variant, *own, *flags, "--run-dir", str(folder), "--overwrite"]
+    print(f"{folder}: python -m {module} {' '.join(argv)}", flush=True)
+    importlib.import_module(module).main(argv)
+    return finished(folder)
+
+
+def refuse_unlike(folders, methods):
+    """Comparing runs of different settings is the mistake this file exists to prevent."""
+    own = {flag.lstrip("-").replace("-", "_") for method in methods for flag in method.split()[1:]}
+    for name in sorted(set(SHARED) - own):
+        found = {str(read_args(folder).get(name)): folder for folder in folders}
+        if len(found) > 1:
+            raise UserError(f"the runs differ in {name}: " + ", ".join(f"{value} in {folder}" for value, folder in
+                            found.items()) + "; move the old ones away")
+
+
+# ---- what they reached -----------------------------------------------------------------------------------------------
+
+def rows_of(task, method, seed):
+    """Rows for the CSV: every evaluation of a run, with the seconds of stage II before it, evaluations not counted."""
+    folder = folder_of(task, method, seed)
+    steps, seconds = [0.0], [0.0]
+    with open(folder / "progress.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            steps.append(float(row["step"]))
+            seconds.append(seconds[-1] + sum(float(value) for name, value in row.items() if name.startswith("time/")
+                                             and name != "time/eval" and value))
+    for acting, evaluations in read_run(folder)[1].items():
+        for step, (successes, episodes) in sorted(evaluations.items()):
+            yield dict(zip(COLUMNS, (method, acting, seed, int(step), successes, episodes,
+                                     round(float(np.interp(step, steps, seconds)), 1))))
+
+
+def curves(rows, method, acting):
+    """steps (T,), success (S, T), seconds (T,) of one method, seed by seed; step 0 is that of the bare policy."""
+    points = {}
+    for row in rows:
+        if row["method"] == method and (row["acting"] == acting or row["step"] == 0):
+            points[row["seed"], row["step"]] = row["successes"] / row["episodes"], row["seconds"]
+    seeds = sorted({seed for seed, _ in points})
+    steps = sorted(set.intersection(*({step for one, step in points if one == seed} for seed in seeds)))
+    table = np.array([[points[seed, step] for step in steps] for seed in seeds])              # (S, T, 2)
+    return np.array(steps), table[..., 0], table[..., 1].mean(0)
+
+
+def interval(values, draws=10_000):
+    """95 % bootstrap interval of the mean over seeds: values (S, ...) -> low, high (...)."""
+    pick = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    return np.quantile(values[pick].mean(1), (0.025, 0.975), axis=0)
+
+
+def summary(rows, method, acting):
+    """Cells of the table's row: area under the curve, final success, worst dip below step 0, steps to 90 %."""
+    steps, success, seconds = curves(rows, method, acting)
+    area = ((success[:, 1:] + success[:, :-1]) / 2 * np.diff(steps)).sum(1)                   # trapezoids, (S,)
+    low, high = interval(success[:, -1])
+    dips = (success[:, :1] - success).max(1)
+    reached = [steps[np.argmax(one >= 0.9)] for one in success if (one >= 0.9).any()]
+    to_90 = f"{np.mean(reached):,.0f}" if len(reached) == len(success) else f"{len(reached)} of {len(success)} seeds"
+    return [method, acting, str(len(success)), f"{100 * success[:, 0].mean():.0f}",
+            f"{100 * np.mean(area / steps[-1]):.1f}", f"{100 * success[:, -1].mean():.0f}",
+            f"{100 * low:.0f}-{100 * high:.0f}", f"{100 * dips.max():.0f}", to_90, f"{seconds[-1]:.0f}"]
+
+
+HEADER = ("method", "acting", "seeds", "start %", "mean over the run %", "end %", "95 % bootstrap", "worst dip",
+          "steps to 90 %", "seconds")
+
+
+def table(rows, methods):
+    lines = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
+    for method in methods:
+        delivered = METHODS[method.split()[0]][2]
+        found = {row["acting"] for row in rows if row["method"] == method and row["step"] > 0}
+        for acting in sorted(found, key=lambda one: one != delivered):
+            lines.append("| " + " | ".join(summary(rows, method, acting)) + " |")
+    return "\n".join(lines)
+
+
+def figure(rows, methods, task, path, time):
+    """Mean over seeds and its bootstrap interval, of the way of acting that each method delivers."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    canvas = FigureCanvasAgg(Figure(figsize=(7.2, 4.2), layout="constrained"))
+    axes = canvas.figure.add_subplot()
+    for index, method in enumerate(methods):
+        steps, success, seconds = curves(rows, method, METHODS[method.split()[0]][2])
+        x, color = seconds / 60 if time else steps, PALETTE[index % len(PALETTE)]
+        axes.plot(x, 100 * success.mean(0), "o-" if index < len(PALETTE) else "s--", color=color, markersize=4,
+                  linewidth=1.6, label=method)
+        axes.fill_between(x, *(100 * interval(success)), color=color, alpha=0.15, linewidth=0)
+    seeds = len({row["seed"] for row in rows})
+    axes.set(title=f"{task}: mean of {seeds} seeds, 95 % bootstrap interval", ylabel="success (%)", ylim=(-3, 103),
+             xlabel="minutes of stage II, evaluation not counted" if time else "environment steps")
+    if not time:
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
+    axes.grid(axis="y", color="0.92")
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas.figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    canvas.figure.savefig(path, dpi=150)
+
+
+def main(argv=None):
+    args, flags = parse(sys.argv[1:] if argv is None else argv)
+    jobs = [(method, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for method in args.methods]
+    for method, seed in jobs:
+        if not run(args.task, method, seed, flags):
+            print("interrupted; the same command continues")
+            return
+    refuse_unlike([folder_of(args.task, *job) for job in jobs], args.methods)
+    rows = [row for job in jobs for row in rows_of(args.task, *job)]
+    out = args.out or f"runs/compare-{args.task}"
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{out}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    text = table(rows, args.methods)
+    Path(f"{out}.md").write_text(text + "\n")
+    figure(rows, args.methods, args.task, f"{out}.png", time=False)
+    figure(rows, args.methods, args.task, f"{out}-time.png", time=True)
+    print(f"{text}\n{out}.csv, .md, .png, -time.png")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,90 @@
+"""The comparison of methods: what it computes from runs, what it skips, and what it refuses to compare."""
+import csv
+
+import numpy as np
+import pytest
+
+import train_online
+from benchmarks import compare
+from logbook import Logbook, UserError
+from logbook.figure import read_run
+
+SUCCESS = {0: [1, 2], 100: [2, 1], 200: [3, 4]}                # step: successes of 4 episodes, of seeds 0 and 1
+
+
+def fake_run(method, seed, acting="policy", last=200, **args):
+    """A run folder with known evaluations; it spends 1 s per logged interval of 100 steps, and 9 s evaluating."""
+    book = Logbook.create(compare.folder_of("lift", method, seed), {"online_steps": 200, "preset": "cpu"} | args,
+                          ["success", "time/env", "time/critic", "time/eval"])
+    for step, successes in SUCCESS.items():
+        if step > last:
+            break
+        if step:
+            book.log(step, success=0.5, **{"time/env": 0.25, "time/critic": 0.75, "time/eval": 9.0})
+        book.evaluation(step, acting if step else "policy", [
+            {"seed": i, "success": i < successes[seed], "length": 5, "return": 1.0} for i in range(4)])
+    book.close()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_table_holds_area_end_dip_and_steps_to_90_percent():
+    for seed in (0, 1):
+        fake_run("qc", seed, "best")
+    rows = [row for seed in (0, 1) for row in compare.rows_of("lift", "qc", seed)]
+    steps, success, seconds = compare.curves(rows, "qc", "best")
+    assert steps.tolist() == [0, 100, 200] and seconds.tolist() == [0, 1, 2]
+    assert success.tolist() == [[0.25, 0.5, 0.75], [0.5, 0.25, 1.0]]
+    method, acting, seeds, start, area, end, band, dip, to_90, total = compare.summary(rows, "qc", "best")
+    assert (method, acting, seeds, start, end, dip, total) == ("qc", "best", "2", "38", "88", "25", "2")
+    assert area == f"{100 * np.mean([0.5, 0.5]):.1f}" and band == "75-100" and to_90 == "1 of 2 seeds"
+    assert "| qc | best | 2 |" in compare.table(rows, ["qc"])
+
+
+def test_the_bootstrap_interval_is_over_seeds():
+    low, high = compare.interval(np.array([[0.0, 0.5], [1.0, 0.5]]))
+    assert low.tolist() == [0.0, 0.5] and high.tolist() == [1.0, 0.5]
+
+
+def test_finished_runs_are_skipped_interrupted_ones_continued_and_files_written(monkeypatch, capsys):
+    fake_run("poco", 0)
+    fake_run("poco_clip_inf", 0, last=100)
+    compare.folder_of("lift", "poco --clip inf", 0).joinpath("last.pt").touch()
+    calls = []
+
+    def main(argv):
+        calls.append(argv)
+        book = Logbook.resume("runs/lift-poco_clip_inf-s0", ["success", "time/env", "time/critic", "time/eval"])
+        book.evaluation(200, "policy", [{"seed": 0, "success": True, "length": 5, "return": 1.0}])
+        book.close()
+    monkeypatch.setattr(train_online, "main", main)
+    compare.main(["--methods", "poco,poco --clip inf", "--seeds", "1"])
+    assert calls == [["--resume", "runs/lift-poco_clip_inf-s0"]]
+    with open("runs/compare-lift.csv", newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["poco"] * 3 + ["poco --clip inf"] * 3
+    for name in ("compare-lift.png", "compare-lift-time.png"):
+        assert (compare.Path("runs") / name).read_bytes()[:4] == b"\x89PNG"
+    assert "| poco --clip inf | policy |" in capsys.readouterr().out
+
+
+def test_a_new_run_gets_its_own_flags_and_those_of_all(monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_online, "main", calls.append)
+    compare.main(["--methods", "poco-posterior --clip 0", "--seeds", "1", "--first-seed", "4", "--online-steps", "9"])
+    assert calls == [["--task", "lift", "--seed", "4", "--act", "posterior", "--clip", "0", "--online-steps", "9",
+                      "--run-dir", "runs/lift-poco-posterior_clip_0-s4", "--overwrite"]]
+
+
+def test_runs_of_different_settings_are_not_compared_unless_that_is_what_is_compared():
+    fake_run("poco", 0)
+    fake_run("qc", 0, "best", preset="paper")
+    folders = [compare.folder_of("lift", method, 0) for method in ("poco", "qc")]
+    with pytest.raises(UserError, match="preset"):
+        compare.refuse_unlike(folders, ["poco", "qc"])
+    compare.refuse_unlike(folders, ["poco", "qc --preset paper"])
+    with pytest.raises(UserError, match="sac.*poco"):
+        compare.main(["--methods", "sac"])
+    assert read_run(folders[0])[1]["policy"][0.0] == (1, 4)
