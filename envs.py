@@ -28,14 +28,11 @@ from typing import Any, Callable, NamedTuple
 import gymnasium
 import numpy as np
 
-NO_OPENGL = (
-    "cannot render, OpenGL did not start ({}); training and evaluation need none, "
-    "for videos install a software renderer: apt-get install libegl1 libgl1-mesa-dri"
-)
+NO_OPENGL = ("cannot render, OpenGL did not start ({}); training and evaluation need none, for videos install a "
+             "software renderer: apt-get install libegl1 libgl1-mesa-dri")
 
 
-@dataclass(frozen=True)
-class Goal:
+class Goal(NamedTuple):
     """When an OGBench task is solved. C conditions: every cube, every button, and the slides (drawer, window)."""
 
     cubes: tuple = ()  # positions (x, y, z) in metres
@@ -64,7 +61,7 @@ class Task:
 
     @property
     def conditions(self) -> int:
-        return sum(map(len, vars(self.goal).values())) if self.goal else 1  # C
+        return sum(map(len, self.goal)) if self.goal else 1  # C
 
     def reward(self, met) -> np.ndarray:
         """
@@ -187,22 +184,19 @@ class SimulatorEnv(gymnasium.Env):
         self._first_seed, self.episode_seed, self.steps = seed, None, 0
         try:
             self._build(render_mode is not None, env_args)
-        except (ImportError, ValueError):
-            raise
         except Exception as error:
-            if render_mode is None:
+            if render_mode is None or isinstance(error, (ImportError, ValueError)):
                 raise
             raise RuntimeError(NO_OPENGL.format(error)) from error
 
     def _check_recorded(self, env_args: dict, version: str) -> None:
         """Refuses the env_args of a file that was recorded in another world than the one installed."""
-        if env_args.get("env_name") != self.task.env_name:
-            raise ValueError(
-                f"task '{self.task.name}' is {self.task.env_name}, these env_args are for {env_args.get('env_name')}")
-        recorded, suite = str(env_args.get("env_version", "")), self.task.suite
+        task, name, recorded = self.task, env_args.get("env_name"), str(env_args.get("env_version", ""))
+        if name != task.env_name:
+            raise ValueError(f"task '{task.name}' is {task.env_name}, these env_args are for {name}")
         if recorded.split(".")[:2] != version.split(".")[:2]:
-            raise ValueError(f"the data was recorded with {suite} {recorded or 'unknown'}, installed is {version}; "
-                             f"the simulations differ: pip install {suite}=={recorded or version}")
+            raise ValueError(f"the data was recorded with {task.suite} {recorded or 'unknown'}, installed is "
+                             f"{version}; the simulations differ: pip install {task.suite}=={recorded or version}")
 
     def reset(self, *, seed=None, options=None):
         if seed is None:
@@ -269,8 +263,8 @@ class RobosuiteEnv(SimulatorEnv):
             self._check_recorded(env_args, robosuite.__version__)
             kwargs = dict(env_args["env_kwargs"])
         kwargs.update(
-            has_renderer=False, has_offscreen_renderer=render, use_camera_obs=False,
-            use_object_obs=True, reward_shaping=False, ignore_done=True,
+            has_renderer=False, has_offscreen_renderer=render, use_camera_obs=False, use_object_obs=True,
+            reward_shaping=False, ignore_done=True,
             hard_reset=False,  # a hard reset rebuilds the model: 0.15 s instead of 1 ms
             seed=0,  # of the model only (see the header); reset() seeds the episodes
         )
@@ -290,7 +284,8 @@ class RobosuiteEnv(SimulatorEnv):
         simulator._update_observables = lambda force=False: read(force=True) if force else None
 
     def _observation(self, readings: dict) -> np.ndarray:
-        return np.concatenate([readings["object-state" if k == "object" else k] for k in self.task.obs_keys])  # (D,)
+        parts = [readings["object-state" if key == "object" else key] for key in self.task.obs_keys]
+        return np.concatenate(parts).astype(np.float32)  # (D,)
 
     def _reset(self, seed):
         generator = np.random.default_rng(seed)
@@ -396,9 +391,7 @@ class ChunkRunner:
 
     def __init__(self, env: gymnasium.Env, act: Callable[[np.ndarray], np.ndarray]):
         self.env, self.act = env, act
-        self.obs, self.seed, self.ended = None, None, True
-        self._queue: list[np.ndarray] = []
-        self._actions: list[np.ndarray] = []
+        self.obs, self.seed, self.ended, self._queue, self._actions = None, None, True, [], []
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         self._queue, self._actions = [], []  # what is left of an old chunk belongs to another state
@@ -573,10 +566,8 @@ class Evaluator:
             return rows
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             self.close()
-            raise RuntimeError(
-                "an evaluation worker died: out of memory (try workers=1), or the main script lacks its "
-                "`if __name__ == '__main__':` guard"
-            ) from error
+            raise RuntimeError("an evaluation worker died: out of memory (try workers=1), or the main script lacks its "
+                               "`if __name__ == '__main__':` guard") from error
         except BaseException:
             self.close()  # answers to an interrupted call must not be read by the next one
             raise
