@@ -6,7 +6,8 @@ OGBench's `play` data: made here by OGBench's own oracles, or read from the file
 
 An oracle carries out one random errand after another (put a cube there, press that button, open the drawer) along a
 noisy plan, and never heads for the task. The recipe is that of OGBench's data_gen_scripts: trajectories of 1,001
-states, plan noise 0.1, scenes whose cube got out of sight discarded.
+states, plan noise 0.1, scenes whose cube got out of sight discarded. `directed` is ours: the share of errands that do
+head for the task, for a data set of minutes (100 trajectories) instead of hours to contain it at all.
 
 A file holds, for N rows: observations (N, D), actions (N, A), terminals (N,), qpos (N, joints), qvel (N, speeds),
 button_states (N, buttons) where the domain has buttons, and, ours only, seeds (one per trajectory): PlayEnv.reset(seed)
@@ -36,8 +37,8 @@ class PlayEnv(envs.OGBenchEnv):
         super()._build(render, env_args, mode="data_collection", terminate_at_goal=False)
 
 
-def collect(task, episodes: int, seed: int, path, workers: int = 1, progress: bool = True) -> Path:
-    """Writes `episodes` trajectories and returns the path. The file depends on (task, episodes, seed) alone."""
+def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = True, directed: float = 0.0) -> Path:
+    """Writes `episodes` trajectories, returns the path. The file depends on (task, episodes, seed, directed) alone."""
     from tqdm import tqdm
 
     task = envs.get_task(task)
@@ -45,9 +46,11 @@ def collect(task, episodes: int, seed: int, path, workers: int = 1, progress: bo
         raise ValueError(f"task '{task.name}' has no play data: it is not of OGBench")
     if episodes < 1:
         raise ValueError(f"need at least one trajectory, got {episodes}")
+    if not 0.0 <= directed <= 1.0:
+        raise ValueError(f"directed is a share between 0 and 1, got {directed}")
     started, played = time.perf_counter(), []
     with tqdm(total=episodes, desc=f"{task.name} play", unit="episode", disable=not progress) as bar:
-        for trajectory in _trajectories(task, episodes, seed, workers):
+        for trajectory in _trajectories(task, episodes, seed, workers, directed):
             played.append(trajectory)
             bar.update()
     columns = {key: np.concatenate([trajectory[key] for trajectory in played]) for key in played[0]}
@@ -60,8 +63,8 @@ def collect(task, episodes: int, seed: int, path, workers: int = 1, progress: bo
     return Path(path)
 
 
-def _trajectories(task, episodes: int, seed: int, workers: int):
-    jobs = [(task, seed, episode, ROWS) for episode in range(episodes)]
+def _trajectories(task, episodes: int, seed: int, workers: int, directed: float):
+    jobs = [(task, seed, episode, directed, ROWS) for episode in range(episodes)]
     if workers <= 1:
         yield from map(_trajectory, jobs)
         return
@@ -74,7 +77,7 @@ def _trajectories(task, episodes: int, seed: int, workers: int):
 
 def _trajectory(job) -> dict[str, np.ndarray]:
     global _env, _oracles
-    task, seed, episode, rows = job
+    task, seed, episode, directed, rows = job
     if _env is None or _env.task != task:
         _env = PlayEnv(task)
         _oracles = _make_oracles(task, _env.simulator)
@@ -83,8 +86,7 @@ def _trajectory(job) -> dict[str, np.ndarray]:
     try:
         while True:
             np.random.seed(int(rng.integers(2**32)))
-            episode_seed, p_stack = int(rng.integers(2**31)), rng.uniform(*STACKING.get(task.name, (0.5, 0.5)))
-            trajectory = _play(_env, _oracles, episode_seed, p_stack, rows)
+            trajectory = _play(_env, _oracles, rng, directed, rows)
             if task.name != "scene" or _in_sight(trajectory["qpos"][:, 14:17]):
                 return trajectory
     finally:
@@ -102,9 +104,10 @@ def _make_oracles(task, simulator) -> dict:
     }
 
 
-def _play(env: PlayEnv, oracles: dict, seed: int, p_stack: float, count: int) -> dict[str, np.ndarray]:
+def _play(env: PlayEnv, oracles: dict, rng, directed: float, count: int) -> dict[str, np.ndarray]:
     """One trajectory of `count` states, each with the action taken there."""
-    simulator, rows = env.simulator, []
+    simulator, rows, seed = env.simulator, [], int(rng.integers(2**31))
+    p_stack = rng.uniform(*STACKING.get(env.task.name, (0.5, 0.5)))
     obs, _ = env.reset(seed=seed)
     oracle = None
     for _ in range(count):
@@ -119,10 +122,62 @@ def _play(env: PlayEnv, oracles: dict, seed: int, p_stack: float, count: int) ->
         if oracle.done:
             simulator.forget()  # the reading names the errand
             simulator.set_new_target(return_info=False, p_stack=p_stack)
+            if rng.random() < directed:
+                _send_to_goal(simulator, env.task, rng)
             oracle = None
     dtypes = {"button_states": np.int8}
     columns = {key: np.array([row[key] for row in rows], dtypes.get(key, np.float32)) for key in rows[0]}
     return columns | {"terminals": np.arange(count) == count - 1, "seeds": np.array([seed])}
+
+
+def _send_to_goal(simulator, task, rng) -> None:
+    """Replace the errand by one that meets a condition of the goal, if one is left that the arm can meet now."""
+    goal, qpos, buttons = task.goal, simulator._data.qpos, getattr(simulator, "_cur_button_states", None)
+    kinds = ["cube"] * len(goal.cubes) + ["button"] * len(goal.buttons) + ["drawer", "window"]
+    unmet = [(kinds[i], i - kinds.index(kinds[i])) for i in np.flatnonzero(~task.met(qpos, buttons))]
+    errands = [("cube", i) for kind, i in unmet if kind == "cube" and _within_reach(simulator, i, len(goal.cubes))]
+    presses = [("button", i) for kind, i in unmet if kind == "button"]
+    if task.name.startswith("puzzle"):
+        presses = [("button", i) for i in lights_out(buttons, goal.buttons)]
+    errands += presses or [(kind, i) for kind, i in unmet if kind in ("drawer", "window")]  # buttons unlock these two
+    if not errands:
+        return
+    kind, i = errands[rng.integers(len(errands))]
+    simulator._target_task = kind
+    if kind == "cube":
+        mocap, turn = simulator._cube_target_mocap_ids[i], rng.uniform(0, np.pi)
+        simulator._target_block, simulator._data.mocap_pos[mocap] = i, goal.cubes[i]
+        simulator._data.mocap_quat[mocap] = np.cos(turn), 0.0, 0.0, np.sin(turn)
+    elif kind == "button":
+        simulator._target_button, simulator._target_button_states[i] = i, 1 - buttons[i]
+    else:
+        _aim_slide(simulator, kind, goal.slides[kind == "window"])
+
+
+def _aim_slide(simulator, kind: str, place: float) -> None:
+    import mujoco
+
+    setattr(simulator, f"_target_{kind}_pos", place)
+    simulator._model.site(f"{kind}_handle_center_target").pos[1 if kind == "drawer" else 0] = place
+    mujoco.mj_kinematics(simulator._model, simulator._data)  # moves the target's site, which the oracle reads
+
+
+def _within_reach(simulator, cube: int, cubes: int) -> bool:
+    """Neither under another cube nor in the drawer."""
+    places = simulator._data.qpos[14 : 14 + 7 * cubes].reshape(cubes, 7)[:, :3]
+    offset = places - places[cube]
+    buried = ((np.linalg.norm(offset[:, :2], axis=1) < 0.03) & (offset[:, 2] > 0.02)).any()
+    return not buried and not (hasattr(simulator, "_is_in_drawer") and simulator._is_in_drawer(places[cube]))
+
+
+def lights_out(lights, goal) -> np.ndarray:
+    """The buttons of a 3x3 Lights Out to press, each once and in any order, to get from `lights` to `goal`."""
+    index = np.arange(9)
+    row, column = np.abs(index[:, None] // 3 - index // 3), np.abs(index[:, None] % 3 - index % 3)
+    toggles = (row + column <= 1).astype(int)  # (9, 9) a press toggles its button and the neighbours
+    presses = (np.arange(512)[:, None] >> index) & 1  # (512, 9) every set of presses
+    solves = (presses @ toggles % 2 == np.bitwise_xor(lights, goal)).all(1)
+    return np.flatnonzero(presses[solves.argmax()])  # a 3x3 board has exactly one solution
 
 
 def _in_sight(cube: np.ndarray) -> bool:
