@@ -5,36 +5,42 @@ The task table, one gymnasium environment per task, open-loop chunk execution, a
     env = envs.make_env("lift", seed=0)
     result = envs.evaluate(policy, "lift", episodes=50, seed=1000)      # policy(obs (1, D), rng) -> chunk (H, A)
 
-Wall time on one core: the first environment 4 s (simulator import), a reset 1 ms, Lift 300 steps/s.
-Shapes: D observation, A action, H chunk, T steps of an episode, E evaluation episodes.
-Not here: policies, replay, demonstrations, training seeds. Nothing is ever padded or auto-reset. The size of Lift's
-cube and the other quantities that robosuite draws while it builds a model are those of one fixed model, so that an
-episode is a function of its seed alone; positions, angles and the arm's first pose vary with the seed.
+Wall time on one core: the first environment 4 s (simulator import), robosuite 300 and OGBench 800 steps/s.
+Shapes: D observation, A action, H chunk, T steps of an episode, E evaluation episodes, C conditions of a goal.
+Not here: policies, replay, demonstrations, training seeds. Nothing is ever padded or auto-reset. What robosuite draws
+while it builds a model, as the size of Lift's cube, is that of one fixed model, so that an episode is a function of its
+seed alone; positions, angles and the arm's first pose vary with the seed.
 """
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
+import importlib
 import logging
 import os
 import pickle
 import signal
 import sys
+import warnings
+from collections import namedtuple
 from dataclasses import dataclass, field
 from typing import Any, Callable, NamedTuple
 
 import gymnasium
 import numpy as np
 
-NO_OPENGL = (
-    "cannot render, OpenGL did not start ({}); training and evaluation need none, "
-    "for videos install a software renderer: apt-get install libegl1 libgl1-mesa-dri"
-)
 ROBOMIMIC_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
+
+
+class Goal(NamedTuple):  # the C conditions of an OGBench goal
+    cubes: tuple = ()  # positions (x, y, z) in metres
+    buttons: tuple = ()  # states, 0 or 1
+    slides: tuple = ()  # drawer and window, in metres
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the task table. `paper` and `cpu` hold what the training scripts change for this task."""
+    """One row of the task table: `paper` and `cpu` hold what training changes for it, `online` is Table II's column."""
 
     name: str
     suite: str  # which builder in SUITES makes the environment
@@ -42,33 +48,74 @@ class Task:
     obs_dim: int
     action_dim: int
     episode_limit: int  # steps after which an episode is truncated
-    obs_keys: tuple[str, ...]  # in robomimic's names and order
+    obs_keys: tuple[str, ...]  # robomimic's names and order
     obs_sizes: tuple[int, ...]
     description: str
     paper: dict = field(default_factory=dict)
     cpu: dict = field(default_factory=dict)
+    online: dict = field(default_factory=dict)
+    goal: Goal | None = None
+    counts: bool = False  # the reward is minus the number of conditions that do not hold, not 1 when all do
 
-    def reward(self, success: bool) -> float:
-        """The one reward function: rollouts, demonstrations and replayed files are all labelled by it."""
-        return 1.0 if success else 0.0
+    @property
+    def conditions(self) -> int:
+        return sum(map(len, self.goal)) if self.goal else 1  # C
+
+    def reward(self, met) -> np.ndarray:
+        """
+        The one reward function: rollouts, demonstrations and files are all labelled by it, each step by the conditions
+        that hold after it. met (..., C) bool, where C = 1 also a plain success -> reward (...).
+        """
+        met = np.atleast_1d(met)
+        if met.shape[-1] != self.conditions:
+            raise ValueError(f"task '{self.name}' has a goal of {self.conditions} conditions, got {met.shape[-1]}")
+        return met.sum(-1) - float(self.conditions) if self.counts else met.all(-1) * 1.0
+
+    def met(self, qpos, buttons=None) -> np.ndarray:
+        """
+        Which conditions of an OGBench goal hold, by OGBench's rule: within 4 cm, or the same button state.
+        qpos (..., joints): 14 of the arm, 7 per cube, 1 per button, the slides; buttons (..., n) -> (..., C) bool
+        """
+        goal, slides = self.goal, qpos[..., qpos.shape[-1] - len(self.goal.slides) :]
+        cubes = [qpos[..., 14 + 7 * i : 17 + 7 * i] - cube for i, cube in enumerate(goal.cubes)]
+        met = [np.linalg.norm(offset, axis=-1) <= 0.04 for offset in cubes]
+        met += [buttons[..., i] == state for i, state in enumerate(goal.buttons)]
+        met += [np.abs(slides[..., i] - place) <= 0.04 for i, place in enumerate(goal.slides)]
+        return np.stack(met, axis=-1)
 
 
-def _robosuite_task(name, env_name, object_size, episode_limit, description, paper=None) -> Task:
-    sizes = (3, 4, 2, object_size)
-    return Task(name, "robosuite", env_name, sum(sizes), 7, episode_limit, ROBOMIMIC_KEYS, sizes, description,
-                paper or {})
+def _robosuite_task(name, env_name, size, episode_limit, description, **paper) -> Task:
+    return Task(name, "robosuite", env_name, 9 + size, 7, episode_limit, ROBOMIMIC_KEYS, (3, 4, 2, size), description,
+                {"demo_episodes": 300} | paper, online=dict(temperature=0.001, clip=0.15))
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        _robosuite_task("lift", "Lift", 10, 300, "a Panda arm lifts a cube 4 cm off the table"),
-        _robosuite_task("can", "PickPlaceCan", 14, 300, "a Panda arm puts a can into its bin",
-                        dict(pretrain_steps=100_000, clip=0.3)),  # Table III
-        _robosuite_task("square", "NutAssemblySquare", 14, 400, "a Panda arm puts a square nut on its peg",
-                        dict(pretrain_steps=500_000, clip=0.08)),  # Table III
-    )
-}
+def _ogbench_task(name, obs_dim, episode_limit, description, goal, paper, cpu, counts=False) -> Task:
+    return Task(name, "ogbench", f"{name}-singletask-task1-v0", obs_dim, 5, episode_limit, (), (), description,
+                {"demo_episodes": 1000} | paper, {"demo_episodes": 100, "capacity": 40_000} | cpu,
+                dict(temperature=0.1, clip=0.3), goal, counts)
+
+
+# Tables I and III; the paper ran Lift and the cubes online only: Table II and, ours, pre-training steps. All of `cpu`
+# is ours; -1 for each cube and step instead of -0.01 asks for 100 times the temperature.
+_BINARY = dict(pretrain_steps=500_000, temperature=0.001, clip=0.15)
+_COUNT = dict(pretrain_steps=500_000, temperature=0.1, clip=0.3)
+_CPU = dict(directed=0.5, pretrain_steps=10_000, warmup_steps=3000, online_steps=40_000, eval_every=8000)
+_CPU_COUNT = _CPU | dict(episode_limit=200, reward_offset=0.0, temperature=1.0)
+TASKS: dict[str, Task] = {task.name: task for task in (
+    _robosuite_task("lift", "Lift", 10, 300, "a Panda arm lifts a cube 4 cm off the table"),
+    _robosuite_task("can", "PickPlaceCan", 14, 300, "a Panda arm bins a can", pretrain_steps=100_000, clip=0.3),
+    _robosuite_task("square", "NutAssemblySquare", 14, 400, "a Panda arm puts a square nut on its peg",
+                    pretrain_steps=500_000, clip=0.08),
+    _ogbench_task("scene", 40, 750, "a UR5e arm opens a drawer and a window, everything else stays as it is",
+                  Goal(((0.35, 0.05, 0.02),), (1, 1), (-0.16, 0.2)), _BINARY, _CPU | dict(episode_limit=300)),
+    _ogbench_task("puzzle-3x3", 55, 500, "a UR5e arm solves Lights Out in two presses",
+                  Goal(buttons=(1, 1, 0, 1, 0, 1, 0, 1, 1)), _BINARY, _CPU | dict(episode_limit=200)),
+    _ogbench_task("cube-double", 37, 500, "a UR5e arm moves one of two cubes",
+                  Goal(((0.425, 0.0, 0.02), (0.425, 0.1, 0.02))), _COUNT, _CPU_COUNT, True),
+    _ogbench_task("cube-triple", 46, 1000, "a UR5e arm moves one of three cubes",
+                  Goal(((0.35, -0.1, 0.02), (0.35, 0.1, 0.02), (0.5, 0.1, 0.02))),
+                  _COUNT | {"demo_episodes": 3000}, _CPU_COUNT, True),
+)}
 
 
 # What every task of a preset shares. paper: Sec. V-A1 and Tables II-III, `Args` of the training scripts hold those
@@ -79,15 +126,16 @@ PRESETS = {
         hidden=256, layers=3, flow_steps=5, batch_size=128, online_learning_rate=1e-3, num_candidates=16, threads=1,
         pretrain_steps=5000, warmup_steps=1000, online_steps=15_000, capacity=8000, episode_limit=100,
         reward_offset=-0.01, temperature=0.01, clip=0.6, policy_tau=0.005, eval_every=3000, eval_episodes=50,
-        log_every=250, save_every=2500,
-    ),
+        log_every=250, save_every=2500),
 }
 
 
-def settings(task: str, preset: str) -> dict[str, Any]:
-    """The hyperparameters of a task under a preset ("paper" or "cpu"), as the training scripts' arguments."""
-    row = get_task(task)
-    return {"episode_limit": row.episode_limit} | PRESETS[preset] | getattr(row, preset)
+def settings(task: str | Task, preset: str, setting: str = "offline-to-online") -> dict[str, Any]:
+    """The training scripts' arguments. Setting "online": Table II, demonstrations in the replay, no pre-training."""
+    task = get_task(task)
+    online = {"pretrain_steps": 0} | (task.online if preset == "paper" else {})
+    changes = {"offline-to-online": {}, "online": online}[setting]
+    return {"episode_limit": task.episode_limit} | PRESETS[preset] | getattr(task, preset) | changes
 
 
 def get_task(task: str | Task) -> Task:
@@ -98,55 +146,11 @@ def get_task(task: str | Task) -> Task:
     return TASKS[task]
 
 
-# ---------------------------------------------------------------------------------------------- robosuite
-def _import_robosuite(render: bool):
-    """Imports robosuite without its start-up warnings and without a display, unless something is to be drawn."""
-    if render:
-        from ctypes.util import find_library
-
-        if os.environ.get("MUJOCO_GL") not in ("egl", "osmesa"):
-            os.environ["MUJOCO_GL"] = "egl" if find_library("EGL") else "osmesa"
-    else:
-        os.environ.setdefault("MUJOCO_GL", "disable")
-    chosen = os.environ["MUJOCO_GL"]
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        import robosuite
-    except ModuleNotFoundError as error:
-        raise ImportError(f"robosuite tasks need the simulator ({error}): pip install -r requirements.txt") from error
-    except Exception as error:
-        if not render:
-            raise
-        raise RuntimeError(NO_OPENGL.format(error)) from error
-    finally:
-        logging.disable(previous)
-        os.environ["MUJOCO_GL"] = chosen  # robosuite overwrites it with egl, which worker processes would inherit
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-    return robosuite
-
-
-def _robosuite_kwargs(robosuite, task: Task, env_args: dict | None) -> dict:
-    """The simulator's arguments: those of the demonstrations' file if it has any, robomimic's world otherwise."""
-    if env_args is None:
-        body = robosuite.load_composite_controller_config(controller="BASIC")["body_parts"]["right"]
-        controller = {"type": "BASIC", "body_parts": {"right": {**body, "input_ref_frame": "world"}}}
-        return {"robots": "Panda", "controller_configs": controller, "control_freq": 20}
-    if env_args.get("env_name") != task.env_name:
-        raise ValueError(f"task '{task.name}' is {task.env_name}, these env_args are for {env_args.get('env_name')}")
-    version = str(env_args.get("env_version", ""))
-    if version.split(".")[:2] != robosuite.__version__.split(".")[:2]:
-        raise ValueError(
-            f"the data was recorded with robosuite {version or 'unknown'}, installed is {robosuite.__version__}; "
-            f"the controllers differ: pip install robosuite=={version or '1.5.2'}"
-        )
-    return dict(env_args["env_kwargs"])
-
-
-class RobosuiteEnv(gymnasium.Env):
+# ---------------------------------------------------------------------------------------- one environment
+class SimulatorEnv(gymnasium.Env):
     """
-    A robosuite task with robomimic's low-dimensional observation. Terminates at the first success, truncates at the
-    limit. An episode is a function of (its reset seed, its actions): bitwise, in a fresh environment or a used one.
+    What every task shares. Terminates at the first success, truncates at the limit. An episode is a function of (reset
+    seed, actions): bitwise, in a fresh environment or a used one. A suite adds _build, _reset, _advance and _draw.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -161,26 +165,91 @@ class RobosuiteEnv(gymnasium.Env):
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (task.obs_dim,), np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (task.action_dim,), np.float32)
         self._first_seed, self.episode_seed, self.steps = seed, None, 0
-        robosuite = _import_robosuite(render_mode is not None)
-        kwargs = _robosuite_kwargs(robosuite, task, env_args)
-        kwargs.update(
-            has_renderer=False, has_offscreen_renderer=render_mode is not None, use_camera_obs=False,
-            use_object_obs=True, reward_shaping=False, ignore_done=True,
+        try:
+            self._build(render_mode is not None, env_args)
+        except Exception as error:
+            if render_mode is None or isinstance(error, (ModuleNotFoundError, ValueError)):
+                raise
+            raise RuntimeError(f"cannot render, OpenGL did not start ({error}); training and evaluation need none, for "
+                               "videos install a software renderer: apt-get install libegl1 libgl1-mesa-dri") from error
+
+    def reset(self, *, seed=None, options=None):
+        if seed is None:
+            seed, self._first_seed = self._first_seed, None
+        super().reset(seed=seed)
+        self.episode_seed = int(self.np_random.integers(2**31)) if seed is None else int(seed)
+        self.steps = 0
+        return self._reset(self.episode_seed).astype(np.float32), {"success": False}
+
+    def step(self, action):
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != self.action_space.shape:
+            raise ValueError(f"task '{self.task.name}' takes actions of {self.action_space.shape}, got {action.shape}")
+        if not np.isfinite(action).all():
+            raise ValueError(f"action has non-finite values at step {self.steps}: {action}; check the policy's output")
+        obs, met = self._advance(np.clip(action, -1.0, 1.0))
+        self.steps += 1
+        success = bool(np.all(met))
+        truncated = self.steps >= self.episode_limit and not success
+        return obs.astype(np.float32), float(self.task.reward(met)), success, truncated, {"success": success}
+
+    def render(self):
+        if self.render_mode is None:
+            raise RuntimeError("this environment draws nothing; use make_env(task, seed, render_mode='rgb_array')")
+        return self._draw()
+
+    def close(self):
+        self.simulator.close()
+
+
+def _import(module: str, render: bool):
+    """Imports a simulator without its start-up warnings and without a display, unless something is to be drawn."""
+    if render and os.environ.get("MUJOCO_GL") not in ("egl", "osmesa"):
+        os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "osmesa"
+    chosen, previous = os.environ.setdefault("MUJOCO_GL", "disable"), logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        simulator = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = f"{module.split('.')[0]} tasks need the simulator ({error}): pip install -r requirements.txt"
+        raise ModuleNotFoundError(missing) from error
+    finally:
+        logging.disable(previous)
+        os.environ["MUJOCO_GL"] = chosen  # robosuite overwrites it with egl, which worker processes would inherit
+    if render and not hasattr(sys.modules["mujoco.gl_context"], "GLContext"):
+        importlib.reload(sys.modules["mujoco.gl_context"])  # it was imported when nothing was to be drawn
+    return simulator
+
+
+class RobosuiteEnv(SimulatorEnv):
+    """A robosuite task with robomimic's low-dimensional observation."""
+
+    def _build(self, render, env_args):
+        robosuite = _import("robosuite", render)
+        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+        version = robosuite.__version__
+        if env_args is None:  # robomimic's world
+            body = robosuite.load_composite_controller_config(controller="BASIC")["body_parts"]["right"]
+            controller = {"type": "BASIC", "body_parts": {"right": {**body, "input_ref_frame": "world"}}}
+            env_args = {"env_name": self.task.env_name, "env_version": version, "type": 1, "env_kwargs": {
+                "robots": "Panda", "controller_configs": controller, "control_freq": 20}}
+        name, recorded = env_args.get("env_name"), str(env_args.get("env_version", ""))
+        if name != self.task.env_name:
+            raise ValueError(f"task '{self.task.name}' is {self.task.env_name}, these env_args are for {name}")
+        if recorded.split(".")[:2] != version.split(".")[:2]:
+            raise ValueError(f"the data was recorded with robosuite {recorded or 'unknown'}, installed is {version}; "
+                             f"the controllers differ: pip install robosuite=={recorded or version}")
+        kwargs = env_args["env_kwargs"] | dict(
+            has_renderer=False, has_offscreen_renderer=render, use_camera_obs=False, use_object_obs=True,
+            reward_shaping=False, ignore_done=True,
             hard_reset=False,  # a hard reset rebuilds the model: 0.15 s instead of 1 ms
             seed=0,  # of the model only (see the header); reset() seeds the episodes
         )
-        try:
-            self.simulator = robosuite.make(task.env_name, **kwargs)
-        except Exception as error:
-            if render_mode is None:
-                raise
-            raise RuntimeError(NO_OPENGL.format(error)) from error
-        self.env_args = {
-            "env_name": task.env_name, "type": 1, "env_version": robosuite.__version__, "env_kwargs": kwargs,
-        }
+        self.simulator = robosuite.make(self.task.env_name, **kwargs)
+        self.env_args = {"env_name": name, "type": 1, "env_version": version, "env_kwargs": kwargs}
         self._read_sensors_once_per_step()
 
-    def _read_sensors_once_per_step(self) -> None:
+    def _read_sensors_once_per_step(self):
         # robosuite polls all its sensors at each of the 25 physics steps of an action and keeps the last reading.
         # Reading only ours, only then, gives bitwise the same observation at up to twice the speed.
         simulator, wanted = self.simulator, set(self.task.obs_keys)
@@ -191,45 +260,78 @@ class RobosuiteEnv(gymnasium.Env):
         simulator._update_observables = lambda force=False: read(force=True) if force else None
 
     def _observation(self, readings: dict) -> np.ndarray:
-        parts = [readings["object-state" if key == "object" else key] for key in self.task.obs_keys]
-        return np.concatenate(parts).astype(np.float32)  # (D,)
+        keys = ("object-state" if key == "object" else key for key in self.task.obs_keys)
+        return np.concatenate([readings[key] for key in keys]).astype(np.float32)  # (D,)
 
-    def reset(self, *, seed=None, options=None):
-        if seed is None:
-            seed, self._first_seed = self._first_seed, None
-        super().reset(seed=seed)
-        self.episode_seed = int(self.np_random.integers(2**31)) if seed is None else int(seed)
-        generator = np.random.default_rng(self.episode_seed)
+    def _reset(self, seed):
+        generator = np.random.default_rng(seed)
         self.simulator.rng = generator  # draws the arm's first pose
         placement = self.simulator.placement_initializer
         for sampler in (placement, *getattr(placement, "samplers", {}).values()):
             sampler.rng = generator  # robosuite gave each sampler its own reference when it built the model
-        self.steps = 0
-        return self._observation(self.simulator.reset()), {"success": False}
+        return self._observation(self.simulator.reset())
 
-    def step(self, action):
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != self.action_space.shape:
-            raise ValueError(f"task '{self.task.name}' takes actions of {self.action_space.shape}, got {action.shape}")
-        if not np.isfinite(action).all():
-            raise ValueError(f"action has non-finite values at step {self.steps}: {action}; check the policy's output")
-        self.simulator.step(np.clip(action, -1.0, 1.0))
-        self.steps += 1
-        observation = self._observation(self.simulator._get_observations(force_update=True))
-        success = bool(self.simulator._check_success())
-        truncated = self.steps >= self.episode_limit and not success
-        return observation, self.task.reward(success), success, truncated, {"success": success}
+    def _advance(self, action):
+        self.simulator.step(action)
+        readings = self.simulator._get_observations(force_update=True)
+        return self._observation(readings), [bool(self.simulator._check_success())]
 
-    def render(self):
-        if self.render_mode is None:
-            raise RuntimeError("this environment draws nothing; use make_env(task, seed, render_mode='rgb_array')")
+    def _draw(self):
         return self.simulator.sim.render(camera_name="agentview", width=512, height=512)[::-1]
 
-    def close(self):
-        self.simulator.close()
+
+class OGBenchEnv(SimulatorEnv):
+    """Task 1 of a domain; OGBench's own single-task environments pay for the state before a step, this one after it."""
+
+    def _build(self, render, env_args, **options):
+        if env_args is not None:
+            raise ValueError(f"task '{self.task.name}' takes no env_args: those belong to robomimic files")
+        _import("ogbench.manipspace", render)
+        self.simulator = gymnasium.make(self.task.env_name, disable_env_checker=True, success_timing="post", width=512,
+                                        height=512, **options).unwrapped
+        self._read_state_once_per_step()
+        if render:
+            self._reset(0)
+            self._draw()  # if OpenGL does not start, it is here
+
+    def _read_state_once_per_step(self):
+        # OGBench reads its whole state three times in a step. Once per state gives bitwise the same observation, 15%
+        # faster. `forget` is for a reading that must change while the state does not.
+        simulator, cache, read = self.simulator, {}, self.simulator.compute_ob_info
+
+        def read_once():
+            state = simulator._data.time, simulator._data.qpos.tobytes()
+            if cache.get("state") != state:
+                cache.update(state=state, reading=read())
+            return cache["reading"]
+
+        simulator.compute_ob_info, simulator.forget = read_once, cache.clear
+
+    def _reset(self, seed):
+        import mujoco
+
+        simulator = self.simulator
+        with warnings.catch_warnings(action="ignore"):  # about the precision of its own spaces
+            simulator.reset(seed=seed)
+        # OGBench visits the goal by a few unseeded random actions first. Their traces in the solver must not stay.
+        data = simulator._data
+        kept = {name: getattr(data, name).copy() for name in ("qpos", "mocap_pos", "mocap_quat")}
+        mujoco.mj_resetData(simulator._model, data)
+        for name, value in kept.items():
+            getattr(data, name)[:] = value
+        mujoco.mj_forward(simulator._model, data)
+        simulator.forget()
+        return simulator.compute_observation()
+
+    def _advance(self, action):
+        obs = self.simulator.step(action)[0]
+        return obs, self.task.met(self.simulator._data.qpos, getattr(self.simulator, "_cur_button_states", None))
+
+    def _draw(self):
+        return self.simulator.render()
 
 
-SUITES: dict[str, Callable[..., gymnasium.Env]] = {"robosuite": RobosuiteEnv}
+SUITES: dict[str, Callable[..., gymnasium.Env]] = {"robosuite": RobosuiteEnv, "ogbench": OGBenchEnv}
 
 
 def make_env(task, seed=None, render_mode=None, episode_limit=None, env_args=None) -> gymnasium.Env:
@@ -239,14 +341,7 @@ def make_env(task, seed=None, render_mode=None, episode_limit=None, env_args=Non
 
 
 # --------------------------------------------------------------------------------------- chunks, open loop
-class Transition(NamedTuple):
-    obs: np.ndarray
-    action: np.ndarray
-    reward: float
-    next_obs: np.ndarray
-    terminated: bool
-    truncated: bool
-    success: bool
+Transition = namedtuple("Transition", "obs action reward next_obs terminated truncated success")  # (D,) (A,) () ...
 
 
 class ChunkRunner:
@@ -254,9 +349,7 @@ class ChunkRunner:
 
     def __init__(self, env: gymnasium.Env, act: Callable[[np.ndarray], np.ndarray]):
         self.env, self.act = env, act
-        self.obs, self.seed, self.ended = None, None, True
-        self._queue: list[np.ndarray] = []
-        self._actions: list[np.ndarray] = []
+        self.obs, self.seed, self.ended, self._queue, self._actions = None, None, True, [], []
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         self._queue, self._actions = [], []  # what is left of an old chunk belongs to another state
@@ -283,10 +376,9 @@ class ChunkRunner:
 
     def state_dict(self) -> dict[str, Any]:
         """The simulator is deterministic, so the seed and the actions are its state: no solver internals are saved."""
-        shape = (-1, *self.env.action_space.shape)
-        actions = np.array(self._actions, np.float32).reshape(shape)  # (T, A)
-        pending = np.array(self._queue, np.float32).reshape(shape)  # (k, A)
-        return {"seed": self.seed, "actions": actions, "pending": pending}
+        executed, pending = (np.array(rows, np.float32).reshape(-1, *self.env.action_space.shape)
+                             for rows in (self._actions, self._queue))  # (T, A), (k, A)
+        return {"seed": self.seed, "actions": executed, "pending": pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["seed"] is None:  # saved before the first reset
@@ -317,8 +409,7 @@ class EvalResult:
         """95% Wilson interval of the success rate; unlike the normal one it is right at 0% and 100%."""
         z, n, p = 1.959964, len(self.success), self.success_rate
         centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-        return max(0.0, float(low)), min(1.0, float(high))
+        return tuple(float(np.clip((centre + side * half) / (1 + z * z / n), 0.0, 1.0)) for side in (-1, 1))
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -328,16 +419,13 @@ class EvalResult:
 @contextlib.contextmanager
 def _one_thread():
     """Batch-1 policies are faster on one thread, and give bitwise the same actions however many workers there are."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        yield
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    set_threads = getattr(sys.modules.get("torch"), "set_num_threads", lambda _: None)
+    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 1
+    set_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        set_threads(threads)
 
 
 def run_episode(policy, env: gymnasium.Env, seed: int, on_step: Callable | None = None) -> tuple[int, bool, int, float]:
@@ -354,29 +442,21 @@ def run_episode(policy, env: gymnasium.Env, seed: int, on_step: Callable | None 
     return seed, success, length, episode_return
 
 
-def _result(rows) -> EvalResult:
-    seed, success, length, episode_return = zip(*sorted(rows))
-    return EvalResult(np.array(seed), np.array(success, bool), np.array(length), np.array(episode_return, np.float64))
-
-
 def _worker(connection, env_options: dict) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes the pipe, which ends this loop
-    env = policy = None
+    env = None
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            message = connection.recv()
+            policy, seed = connection.recv()
             try:
-                if isinstance(message, bytes):
-                    policy = pickle.loads(message)  # from our own parent's pipe
-                    continue
                 env = env or make_env(**env_options)
                 with _one_thread():
-                    connection.send(run_episode(policy, env, message))
+                    connection.send(run_episode(pickle.loads(policy), env, seed))  # from our own parent's pipe
             except Exception as error:
                 connection.send(f"{type(error).__name__}: {error}")
 
 
-class Evaluator:
+class Evaluator(contextlib.AbstractContextManager):
     """A pool of processes, each with one environment, for repeated evaluation. `workers=1` stays in this process."""
 
     def __init__(self, task, workers: int = 1, episode_limit: int | None = None, env_args: dict | None = None):
@@ -390,10 +470,12 @@ class Evaluator:
             raise ValueError(f"evaluation needs at least one episode, got {episodes}")
         seeds = list(range(seed, seed + episodes))
         if self.workers > 1:
-            return _result(self._run_pool(policy, seeds))
-        self._env = self._env or make_env(**self._options)
-        with _one_thread():
-            return _result([run_episode(policy, self._env, one) for one in seeds])
+            rows = self._run_pool(policy, seeds)
+        else:
+            self._env = self._env or make_env(**self._options)
+            with _one_thread():
+                rows = [run_episode(policy, self._env, one) for one in seeds]
+        return EvalResult(*(np.array(column) for column in zip(*sorted(rows))))
 
     def _start(self) -> None:
         from multiprocessing import get_context
@@ -413,30 +495,25 @@ class Evaluator:
         try:
             if not self._pool:
                 self._start()
-            waiting, rows, busy = list(seeds), [], {}
-            for process, connection in self._pool[: len(seeds)]:
-                connection.send(payload)
-                connection.send(waiting.pop(0))
-                busy[connection] = process
+            waiting, rows, busy = list(seeds), [], [connection for _, connection in self._pool[: len(seeds)]]
+            for connection in busy:
+                connection.send((payload, waiting.pop(0)))
             while busy:
-                for connection in wait(list(busy)):
+                for connection in wait(busy):
                     answer = connection.recv()
                     if isinstance(answer, str):
                         raise RuntimeError(f"an evaluation worker failed: {answer}")
                     rows.append(answer)
                     if waiting:
-                        connection.send(waiting.pop(0))
+                        connection.send((payload, waiting.pop(0)))
                     else:
-                        del busy[connection]
+                        busy.remove(connection)
             return rows
-        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            self.close()
-            raise RuntimeError(
-                "an evaluation worker died: out of memory (try workers=1), or the main script lacks its "
-                "`if __name__ == '__main__':` guard"
-            ) from error
-        except BaseException:
+        except BaseException as error:
             self.close()  # answers to an interrupted call must not be read by the next one
+            if isinstance(error, (EOFError, BrokenPipeError, ConnectionResetError)):
+                raise RuntimeError("an evaluation worker died: out of memory (try workers=1), or the main script lacks "
+                                   "its `if __name__ == '__main__':` guard") from error
             raise
 
     def close(self) -> None:
@@ -448,9 +525,6 @@ class Evaluator:
         if self._env is not None:
             self._env.close()
             self._env = None
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()
