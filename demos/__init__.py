@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 
 import envs
+from demos.can import CanDemonstrator
 from demos.hdf5 import env_args, load, save  # noqa: F401 - demos.load, demos.env_args
 from demos.lift import LiftDemonstrator
+from demos.square import SquareDemonstrator
 
-EXPERTS = {"lift": LiftDemonstrator}
+EXPERTS = {"lift": LiftDemonstrator, "can": CanDemonstrator, "square": SquareDemonstrator}
 _env = None  # one per process
 
 
