@@ -18,10 +18,16 @@ OPEN, CLOSED = -1.0, 1.0
 REACH, TWIST = 0.05, 0.5  # what an action of 1 asks of the controller: metres, radians
 
 
-def yaw(quaternion: np.ndarray) -> float:
-    """Angle of the body's x axis about the vertical; quaternion is (x, y, z, w)."""
+def x_axis(quaternion: np.ndarray) -> np.ndarray:
+    """The body's x axis (3,) in the world; quaternion is (x, y, z, w)."""
     x, y, z, w = quaternion
-    return float(np.arctan2(2 * (x * y + z * w), 1 - 2 * (y * y + z * z)))
+    return np.array([1 - 2 * (y * y + z * z), 2 * (x * y + z * w), 2 * (x * z - y * w)])
+
+
+def yaw(quaternion: np.ndarray) -> float:
+    """Angle of the body's x axis about the vertical."""
+    axis = x_axis(quaternion)
+    return float(np.arctan2(axis[1], axis[0]))
 
 
 def wrap(angle: float, period: float) -> float:
@@ -79,6 +85,7 @@ class Grasper:
         self.steps, self.phase_steps = self.steps + 1, self.phase_steps + 1
         self.eef, self.object = obs[EEF].astype(np.float64), obs[self.OBJECT].astype(np.float64)
         self.eef_yaw, self.object_yaw = yaw(obs[QUAT]), yaw(obs[self.OBJECT_QUAT])
+        self.object_axis = x_axis(obs[self.OBJECT_QUAT])
         self.opening = obs[FINGERS][0] - obs[FINGERS][1]
         action = np.zeros(7)
         action[:3], action[6] = getattr(self, "_" + self.phase)()

@@ -21,6 +21,7 @@ class SquareDemonstrator(Carrier):
     DEPTH = (-0.008, 0.006)
     TURN = (0.6, 1.0)
     SYMMETRY = np.pi  # of the handle
+    CLOSE_STEPS = (9, 16)  # the handle is thin; some rise too early all the same
     MISS = 0.25
     HEIGHT = (1.0, 1.06)
     AIM = 0.002
@@ -45,7 +46,7 @@ class SquareDemonstrator(Carrier):
             self.aim[:2] += distance * np.array([np.cos(angle), np.sin(angle)])
 
     def _grasp_point(self) -> np.ndarray:
-        return self.object + HANDLE * np.array([np.cos(self.object_yaw), np.sin(self.object_yaw), 0.0])
+        return self.object + HANDLE * self.object_axis
 
     def _twist(self) -> float:
         if self.phase in ("carry", "lower"):
