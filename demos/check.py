@@ -54,6 +54,10 @@ def check(task, path, episodes: int = 5) -> Report:
     import h5py
 
     task = envs.get_task(task)
+    if task.suite == "ogbench":
+        from demos import ogbench
+
+        return ogbench.check(path, task, episodes)
     hdf5.load(path, task)  # bad files are refused in one sentence
     env, report = envs.make_env(task, env_args=hdf5.env_args(path)), Report()  # refuses another robosuite
     try:
