@@ -56,11 +56,13 @@ class Grasper:
     CLOSE_STEPS = (4, 10)  # steps given to the fingers
     PAUSE_STEPS = (0, 8)  # steps of hesitation before they close
     LIFT_SPEED = (0.4, 1.0)
+    CARE = 1.0  # what each failed attempt leaves of MISS
+    STEADY = {}  # phases in which the hand shakes less, with the share that is left
     SYMMETRY = np.pi / 2  # the object looks the same to the fingers after this turn
     CLEAR = 0.88  # height from which another attempt begins
 
     def __init__(self, rng: np.random.Generator):
-        self.rng, self.steps = rng, 0
+        self.rng, self.steps, self.attempts = rng, 0, 0
         self.gain, self.hover, self.turn = rng.uniform(*self.SPEED), rng.uniform(*self.HOVER), rng.uniform(*self.TURN)
         self.noise, self.lift_speed = rng.uniform(*self.NOISE), rng.uniform(*self.LIFT_SPEED)
         self.direct = rng.random() < self.DIRECT
@@ -72,10 +74,11 @@ class Grasper:
     def _begin_attempt(self) -> None:
         rng = self.rng
         self.offset = np.append(rng.normal(0, self.CENTRE, 2), rng.uniform(*self.DEPTH))
-        if rng.random() < self.MISS:
+        if rng.random() < self.MISS * self.CARE**self.attempts:
             angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(*self.MISS_OFFSET)
             self.offset[:2] += distance * np.array([np.cos(angle), np.sin(angle)])
             self.offset[2] = rng.uniform(*self.MISS_HEIGHT)
+        self.attempts += 1
         self._enter("descend" if self.direct else "hover")
 
     def _enter(self, phase: str) -> None:
@@ -90,10 +93,11 @@ class Grasper:
         action = np.zeros(7)
         action[:3], action[6] = getattr(self, "_" + self.phase)()
         action[5] = self._twist()
-        sway = self.wobble * np.sin(self.wobble_rate * self.steps)
+        shake = self.STEADY.get(self.phase, 1.0)
+        sway = shake * self.wobble * np.sin(self.wobble_rate * self.steps)
         action[:2] += sway * np.array([np.cos(self.wobble_angle), np.sin(self.wobble_angle)])
-        action[:3] += self.rng.normal(0, self.noise, 3)
-        action[3:6] += self.rng.normal(0, 0.3 * self.noise, 3)
+        action[:3] += self.rng.normal(0, shake * self.noise, 3)
+        action[3:6] += self.rng.normal(0, 0.3 * shake * self.noise, 3)
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
     def _towards(self, target: np.ndarray) -> np.ndarray:
@@ -153,6 +157,7 @@ class Carrier(Grasper):
     PACE = (0.65, 1.0)  # the fastest the hand moves; above 1 the controller would clip single axes
     HEIGHT = (1.0, 1.08)  # of the object while it is carried
     CUT = 0.35  # share of episodes that move sideways while still rising
+    CARE = 0.6
     AIM = 0.01  # standard deviation of the aim over the goal
     ARRIVED = 0.02  # distance over the goal at which lowering begins
 

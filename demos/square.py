@@ -6,8 +6,8 @@ import numpy as np
 from demos.motion import CLOSED, TWIST, Carrier, wrap
 
 PEG = np.array([0.23, 0.10, 0.95])  # top of the square peg (robosuite's NutAssembly)
-HANDLE = 0.054  # from the hole's centre to the handle's, along the nut's x axis
-THREADED = 0.93  # the nut's height below which the peg holds it
+HANDLE = 0.06  # from the hole's centre to the grasp, along the nut's x axis; the handle is from 0.03 to 0.08
+THREADED = 0.915  # the nut's height below which the peg holds it
 SEATED = 0.868  # ... and below which robosuite calls it assembled (0.87), once the hand is away
 
 
@@ -15,9 +15,10 @@ class SquareDemonstrator(Carrier):
     """action (7,) = SquareDemonstrator(rng)(obs (23,)): one object per episode. Not a person: ours."""
 
     CLEAR = 0.95
+    SPEED = (0.7, 1.6)
     NOISE = (0.03, 0.2)
     WOBBLE = (0.0, 0.15)  # the hole leaves 7 mm on each side of the peg
-    CENTRE = 0.005
+    CENTRE = 0.004
     DEPTH = (-0.008, 0.006)
     TURN = (0.6, 1.0)
     SYMMETRY = np.pi  # of the handle
@@ -28,10 +29,11 @@ class SquareDemonstrator(Carrier):
     ARRIVED = 0.006
     SLIP = 0.25  # probability that the nut is set down beside the peg, on its edge, before another try
     SLIP_OFFSET = (0.012, 0.025)
+    STEADY = {"descend": 0.6, "carry": 0.6, "lower": 0.4}
     FALL = 0.4  # share of episodes that let the threaded nut fall
 
     def __init__(self, rng: np.random.Generator):
-        self.fall = rng.random() < self.FALL
+        self.fall, self.tries = rng.random() < self.FALL, 0
         super().__init__(rng)
 
     def _begin_attempt(self) -> None:
@@ -41,12 +43,17 @@ class SquareDemonstrator(Carrier):
     def _aim(self) -> None:
         rng = self.rng
         self.aim = np.append(rng.normal(0, self.AIM, 2), 0.0)
-        if rng.random() < self.SLIP:
+        self.tries += 1
+        if rng.random() < self.SLIP * self.CARE ** (self.tries - 1):
             angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(*self.SLIP_OFFSET)
             self.aim[:2] += distance * np.array([np.cos(angle), np.sin(angle)])
 
     def _grasp_point(self) -> np.ndarray:
         return self.object + HANDLE * self.object_axis
+
+    def _lost(self) -> bool:
+        """Slipped, or held by its ring: then the fingers are where the peg must go."""
+        return super()._lost() or np.linalg.norm((self.eef - self._grasp_point())[:2]) > 0.035
 
     def _twist(self) -> float:
         if self.phase in ("carry", "lower"):
