@@ -96,7 +96,7 @@ def collect(task, episodes: int, seed: int, path, workers: int = 1, progress: bo
     if _is_ogbench(path, task):
         from demos import ogbench
 
-        return Path(ogbench.make(task, episodes, seed, path, workers))
+        return ogbench.collect(task, episodes, seed, path, workers, progress)
     if task.name not in EXPERTS:
         raise ValueError(f"no scripted expert for task '{task.name}'; experts: {', '.join(EXPERTS)}")
     from tqdm import tqdm
