@@ -14,8 +14,8 @@ class CanDemonstrator(Carrier):
     CLEAR = 0.96  # the bins' walls end at 0.9
     CENTRE = 0.008
     DEPTH = (-0.01, 0.02)
-    CLOSE_STEPS = (6, 13)
-    MISS = 0.25
+    CLOSE_STEPS = (9, 15)
+    MISS = 0.2
     MISS_OFFSET = (0.055, 0.075)  # the can is wider than the cube
     MISS_HEIGHT = (0.02, 0.06)
     AIM = 0.02

@@ -131,3 +131,21 @@ def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, argv, told):
         command(monkeypatch, *argv)
     message = str(caught.value)
     assert message.startswith("error: ") and told in message and "\n" not in message
+
+
+@pytest.mark.skipif("puzzle-3x3" not in demos.envs.TASKS, reason="no OGBench task")
+def test_play_data_agrees_and_tampered_play_data_does_not(tmp_path, monkeypatch):
+    from demos import ogbench
+
+    monkeypatch.setattr(ogbench, "ROWS", 81)
+    monkeypatch.setattr(ogbench, "_env", None)
+    path = ogbench.collect("puzzle-3x3", 2, 0, tmp_path / "a.npz", progress=False)
+    assert check("puzzle-3x3", path).steps == 160
+    columns = dict(np.load(path))
+    moved = {"observations": columns["observations"] + 0.1, "qpos": columns["qpos"] + 0.02}
+    for key, values in moved.items():
+        with pytest.raises(ValueError, match="trajectory 0: observations of recorded states"):
+            check("puzzle-3x3", ogbench.save(tmp_path / f"{key}.npz", columns | {key: values}))
+    with pytest.raises(ValueError, match="trajectory 0: observations"):
+        actions = columns["actions"][::-1]
+        check("puzzle-3x3", ogbench.save(tmp_path / "actions.npz", columns | {"actions": actions}))
