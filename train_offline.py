@@ -33,7 +33,7 @@ class Args:
     task: str = "lift"                # which task; `envs.py` lists them
     preset: Literal["auto", "cpu", "paper"] = "auto"  # paper: Tables II/III to the letter; cpu: minutes on a laptop
     seed: int = 0                     # of demonstrations, networks, batches and training episodes
-    demos: str | None = None          # robomimic HDF5 with demonstrations; default: scripted ones, made once and kept
+    data: str | None = None           # file of demonstrations; default: made (cpu), found, downloaded or made (paper)
     demo_episodes: int = 20           # how many demonstrations to make, or to use of the file
     episode_limit: int = 300          # an episode is truncated after this many steps
     horizon: int = 5                  # H, actions per chunk, executed open loop
@@ -166,21 +166,22 @@ class Acting:
 
 
 def demonstrations(args):
-    """Transitions as arrays: from args.demos, or scripted ones made once under data/."""
-    path = args.demos
+    """Transitions as arrays; args.data then names their file."""
     try:
-        if path is None:
-            path = Path("data") / f"{args.task}-scripted-{args.demo_episodes}-s{args.seed}.hdf5"
-            if not path.exists():
-                demos.collect(args.task, args.demo_episodes, args.seed, path, workers=args.workers)
+        path = demos.obtain(args.task, args.preset, args.data, args.demo_episodes, args.seed, args.workers)
+        args.data = str(path)
         return demos.load(path, args.task, args.demo_episodes)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UserError(str(error)) from error
 
 
 def environment(args):
-    """Arguments of make_env and Evaluator: the simulator settings of the demonstrations' file, if the user gave one."""
-    return {"episode_limit": args.episode_limit, "env_args": demos.env_args(args.demos) if args.demos else None}
+    """Arguments of make_env and Evaluator: with the simulator's settings of a file that was not made here."""
+    own = args.data is None or Path(args.data) == demos.made(args.task, args.demo_episodes, args.seed)
+    try:
+        return {"episode_limit": args.episode_limit, "env_args": None if own else demos.env_args(args.data)}
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
 
 
 def make_policy(args, device):
@@ -261,11 +262,11 @@ def pretrain(args, data, device, book, state=None):
 def stage_one(args, device):
     """The policy and logbook of the run folder's stage I, trained or finished first if need be. None if interrupted."""
     folder = Path(args.resume or args.run_dir or f"runs/{args.task}-bc-s{args.seed}")
-    stored = dataclasses.asdict(args) | {"method": "bc"}
     data, state = demonstrations(args), None
+    stored = dataclasses.asdict(args) | {"method": "bc"}
     if (folder / "last.pt").is_file() and not args.overwrite:
         book = Logbook.resume(folder, COLUMNS, task=args.task, method="bc")
-        same = ("demos", "demo_episodes", "horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate",
+        same = ("data", "demo_episodes", "horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate",
                 "normalize", "pretrain_steps", "seed")
         changed = [name for name in same if book.args.get(name) != stored[name]
                    and not (args.resume and name == "pretrain_steps")]           # resuming may train for longer

@@ -1,8 +1,10 @@
 """
-Where demonstrations come from: scripted experts and robomimic-schema HDF5 files.
+Where demonstrations come from: files you have, downloads, scripted experts and OGBench's own oracles.
 
-    python -m demos --task lift --episodes 20 --seed 0 --out demos/lift.hdf5        # 20 s on one core
-    data = demos.load("demos/lift.hdf5")                                            # ready for the replay
+    python -m demos --task lift --episodes 20 --seed 0 --out lift.hdf5              # make some: 20 s on one core
+    python -m demos --check lift --data lift.hdf5                                   # does the simulator agree?
+    data = demos.load("lift.hdf5", "lift")                                          # ready for the replay
+    path = demos.obtain("can", "paper")                                             # found, downloaded or made
 """
 from __future__ import annotations
 
@@ -12,23 +14,91 @@ from pathlib import Path
 import numpy as np
 
 import envs
-from demos.hdf5 import env_args, load, save  # noqa: F401 - demos.load, demos.env_args
+from demos import download, hdf5
+from demos.can import CanDemonstrator
+from demos.hdf5 import save  # noqa: F401 - demos.save
 from demos.lift import LiftDemonstrator
+from demos.square import SquareDemonstrator
 
-EXPERTS = {"lift": LiftDemonstrator}
+EXPERTS = {"lift": LiftDemonstrator, "can": CanDemonstrator, "square": SquareDemonstrator}
 _env = None  # one per process
 
 
+# ------------------------------------------------------------------------------------- which file, what is in it
+def made(task, episodes: int, seed: int) -> Path:
+    """Where demonstrations that are made here are kept and found again."""
+    task = envs.get_task(task)
+    kind, suffix = ("scripted", "hdf5") if task.suite == "robosuite" else ("play", "npz")
+    return Path("data") / f"{task.name}-{kind}-{episodes}-s{seed}.{suffix}"
+
+
+def obtain(task, preset: str, data=None, episodes: int = 20, seed: int = 0, workers: int = 1) -> Path:
+    """
+    The file to train on; the choice is printed. `data` names it. Otherwise the cpu preset makes its own, the same
+    everywhere; the paper preset looks for the public file, then downloads it, then makes `episodes` of its own.
+    """
+    task, own = envs.get_task(task), made(task, episodes, seed)
+    if data is not None and (Path(data) != own or own.is_file()):  # its own file is made again if it went missing
+        return Path(data).expanduser()
+    if preset == "paper" and data is None:
+        for path in download.places(task):
+            if path.is_file():
+                return _say(path, "found")
+        print(f"data: no {download.places(task)[0]}, downloading it", flush=True)
+        try:
+            return _say(download.fetch(download.mirrors(task), download.places(task)[0]), "downloaded")
+        except (download.DownloadError, OSError) as error:
+            print(f"data: {error}. Making {episodes} episodes instead", flush=True)
+    if own.is_file():
+        return _say(own, "made earlier")
+    collect(task, episodes, seed, own, workers)
+    return _say(own, "made just now")
+
+
+def _say(path: Path, how: str) -> Path:
+    print(f"data: {path}, {how}; --data FILE takes another", flush=True)
+    return path
+
+
+def load(path, task=None, episodes: int | None = None) -> dict[str, np.ndarray]:
+    """
+    All steps of a file (or of its first `episodes` demonstrations), in order: obs (N, D), action (N, A), reward (N,),
+    next_obs (N, D), terminated and truncated (N,). `task` may be left out where the file names it (HDF5).
+    """
+    if _is_ogbench(path, task):
+        from demos import ogbench
+
+        return ogbench.load(path, task, episodes)
+    return hdf5.load(path, task, episodes)
+
+
+def env_args(path) -> dict | None:
+    """The simulator's arguments stored in a file, for envs.make_env(task, seed, env_args=...); None if it has none."""
+    return None if _is_ogbench(path) else hdf5.env_args(path)
+
+
+def _is_ogbench(path, task=None) -> bool:
+    """By the task, or by the file's name where no task is given."""
+    if task is not None:
+        return envs.get_task(task).suite == "ogbench"
+    return Path(path).suffix == ".npz"
+
+
+# --------------------------------------------------------------------------------------------------- making them
 def collect(task, episodes: int, seed: int, path, workers: int = 1, progress: bool = True) -> Path:
     """
     Writes `episodes` successful demonstrations and returns the path. The file depends on (task, episodes, seed) alone:
     attempt i has its own seed, and the first successes in the order of the attempts are kept.
     """
     task = envs.get_task(task)
-    if task.name not in EXPERTS:
-        raise ValueError(f"no scripted expert for task '{task.name}'; experts: {', '.join(EXPERTS)}")
     if episodes < 1:
         raise ValueError(f"need at least one demonstration, got {episodes}")
+    if _is_ogbench(path, task):
+        from demos import ogbench
+
+        return ogbench.collect(task, episodes, seed, path, workers, progress)
+    if task.name not in EXPERTS:
+        raise ValueError(f"no scripted expert for task '{task.name}'; experts: {', '.join(EXPERTS)}")
     from tqdm import tqdm
 
     kept, attempts = [], 0
@@ -45,7 +115,8 @@ def collect(task, episodes: int, seed: int, path, workers: int = 1, progress: bo
     save(path, task, kept[0]["env_args"], kept)
     if progress:
         lengths = [len(episode["action"]) for episode in kept]
-        print(f"{path}: {episodes} demonstrations of {attempts} attempts, {np.mean(lengths):.0f} steps on average")
+        print(f"{path}: {episodes} demonstrations of {attempts} attempts, {sum(lengths):,} steps, "
+              f"{min(lengths)} to {max(lengths)} long, {np.mean(lengths):.0f} on average")
     return Path(path)
 
 

@@ -1,20 +1,45 @@
-"""python -m demos --task lift --episodes 20 --seed 0 --out demos/lift.hdf5"""
+"""
+Make demonstrations, or check that a file and the simulator on this machine agree.
+
+    python -m demos --task can --episodes 50 --out can.hdf5 --workers 2   # scripted; cube-double etc.: OGBench's oracle
+    python -m demos --check can --data can.hdf5                           # replay them, compare every step
+    python -m demos --check can                                           # the file that training would find
+
+Training makes, finds or downloads its demonstrations by itself; this is for looking, sharing and doubting.
+"""
+import sys
 from dataclasses import dataclass
 
 import tyro
 
 import demos
+from demos.check import check, newest
 
 
 @dataclass(frozen=True)
 class Args:
-    task: str  # see envs.TASKS
-    out: str  # the file to write
-    episodes: int = 20  # successful demonstrations to keep
-    seed: int = 0
+    task: str | None = None  # make demonstrations of this task; envs.TASKS has the names
+    out: str | None = None  # the file to write
+    episodes: int | None = None  # demonstrations to keep (default 20), or to check (default 5)
+    seed: int = 0  # the same seed makes the same file
     workers: int = 1  # processes; the file does not depend on it
+    check: str | None = None  # check demonstrations of this task instead
+    data: str | None = None  # the file to check; default: the downloaded one, else the newest in data/
+
+
+def main(args: Args) -> None:
+    if args.check is not None:
+        path = args.data or newest(args.check)
+        print(f"{path}: {check(args.check, path, args.episodes or 5)}. File and simulator agree.")
+    elif args.task is None or args.out is None:
+        raise ValueError("say what to make, --task TASK --out FILE, or what to check, --check TASK")
+    else:
+        episodes = 20 if args.episodes is None else args.episodes
+        demos.collect(args.task, episodes, args.seed, args.out, args.workers)
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    demos.collect(args.task, args.episodes, args.seed, args.out, args.workers)
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,12 @@ def save(path, task: Task, env_args: dict, episodes: list[dict]) -> Path:
             data = file.create_group("data")
             data.attrs["env_args"] = json.dumps(env_args, sort_keys=True)
             data.attrs["task"] = task.name
+            data.attrs["mujoco_version"] = version("mujoco")
             data.attrs["total"] = sum(len(episode["action"]) for episode in episodes)
             for index, episode in enumerate(episodes):
                 _save_episode(data.create_group(f"demo_{index}"), task, episode)
-            names = [f"demo_{index}" for index in range(len(episodes))]
-            file.create_dataset("mask/train", data=np.array(names, dtype="S"))
+            keys = [f"demo_{index}" for index in range(len(episodes))]
+            file.create_dataset("mask/train", data=np.array(keys, dtype="S"))
         with open(partial, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(partial, path)
@@ -63,16 +65,17 @@ def load(path, task: str | Task | None = None, episodes: int | None = None) -> d
 
     path = Path(path)
     if not path.is_file():
-        name = task if isinstance(task, str) else "lift"
+        name = task if isinstance(task, str) else getattr(task, "name", "lift")
         raise FileNotFoundError(f"no demonstrations at {path}; make some: python -m demos --task {name} --out {path}")
     try:
         with h5py.File(path, "r") as file:
             if "data" not in file or not isinstance(file["data"], h5py.Group):
                 raise ValueError(f"{path}: key 'data' is missing; this is not a robomimic file")
             task = _task_of(path, file["data"], task)
-            demos = sorted((key for key in file["data"] if key.startswith("demo")), key=_number)
+            demos = names(file)
             if episodes is not None and not 0 < episodes <= len(demos):
-                raise ValueError(f"{path}: key 'data' holds {len(demos)} demonstrations, {episodes} were asked for")
+                raise ValueError(f"{path}: key 'data' holds {len(demos)} demonstrations, {episodes} were asked for: "
+                                 f"--demo-episodes {len(demos)} takes all")
             parts = [_load_episode(f"{path}: data/{key}", file["data"][key], task) for key in demos[:episodes]]
     except OSError as error:
         raise ValueError(f"{path}: not a readable HDF5 file, truncated perhaps ({error}); make or fetch it "
@@ -83,16 +86,25 @@ def load(path, task: str | Task | None = None, episodes: int | None = None) -> d
 
 
 def env_args(path) -> dict:
-    """The simulator arguments stored in a file, for envs.make_env(task, seed, env_args=...)."""
+    """The simulator's arguments stored in a file, for envs.make_env(task, seed, env_args=...). ValueError if none."""
     import h5py
 
-    with h5py.File(path, "r") as file:
-        return json.loads(file["data"].attrs["env_args"])
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no demonstrations at {path}, and with them no settings of the simulator")
+    try:
+        with h5py.File(path, "r") as file:
+            return json.loads(file["data"].attrs["env_args"])
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a robomimic file with 'env_args' ({error})") from error
 
 
-def _number(name: str) -> int:
-    digits = name.rpartition("_")[2]
-    return int(digits) if digits.isdigit() else 0
+def names(file) -> list[str]:
+    """The demonstrations of an open file, in the order of their numbers."""
+    def number(name: str) -> int:
+        digits = name.rpartition("_")[2]
+        return int(digits) if digits.isdigit() else 0
+
+    return sorted((key for key in file["data"] if key.startswith("demo")), key=number)
 
 
 def _task_of(path, data, task) -> Task:

@@ -34,12 +34,12 @@ def demo_file(tmp_path_factory):
 def stage_one(demo_file, tmp_path_factory):
     """A finished stage I of 20 steps."""
     folder = tmp_path_factory.mktemp("bc") / "run"
-    train_offline.main([*TOY, "--demos", str(demo_file), "--pretrain-steps", "20", "--run-dir", str(folder)])
+    train_offline.main([*TOY, "--data", str(demo_file), "--pretrain-steps", "20", "--run-dir", str(folder)])
     return folder
 
 
 def online(folder, demo_file, stage_one, *more):
-    train_online.main([*ONLINE, "--demos", str(demo_file), "--checkpoint", str(stage_one / "last.pt"),
+    train_online.main([*ONLINE, "--data", str(demo_file), "--checkpoint", str(stage_one / "last.pt"),
                        "--run-dir", str(folder), *more])
     return folder
 
@@ -76,7 +76,7 @@ def test_stage_one_writes_a_run_folder_and_a_policy_that_loads(stage_one):
 
 def test_stage_one_resumed_is_bitwise_the_uninterrupted_run(demo_file, stage_one, tmp_path):
     """20 steps == 12 + resume + 8, optimiser and random numbers included."""
-    command = [*TOY, "--demos", str(demo_file), "--run-dir", str(tmp_path / "run")]
+    command = [*TOY, "--data", str(demo_file), "--run-dir", str(tmp_path / "run")]
     train_offline.main([*command, "--pretrain-steps", "12"])
     train_offline.main(["--resume", str(tmp_path / "run"), "--pretrain-steps", "20"])
     same(load_checkpoint(tmp_path / "run" / "last.pt"), load_checkpoint(stage_one / "last.pt"))
@@ -114,7 +114,7 @@ def test_stage_two_resumed_is_bitwise_the_uninterrupted_run(first, demo_file, st
 
 
 def test_a_signal_saves_and_exits_with_0_and_the_run_goes_on(demo_file, stage_one, uninterrupted, tmp_path):
-    command = [*ONLINE, "--demos", str(demo_file), "--checkpoint", str(stage_one / "last.pt"), "--run-dir", "run",
+    command = [*ONLINE, "--data", str(demo_file), "--checkpoint", str(stage_one / "last.pt"), "--run-dir", "run",
                "--online-steps", "100000"]
     process = subprocess.Popen([sys.executable, str(ROOT / "train_online.py"), *command], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -189,12 +189,12 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
     state = torch.load(stage_one / "last.pt", weights_only=True)
     torch.save(state | {"version": 999}, version)
     (tmp_path / "file").write_text("")
-    start = ["--demos", str(demo_file), "--checkpoint", str(stage_one / "last.pt")]
+    start = ["--data", str(demo_file), "--checkpoint", str(stage_one / "last.pt")]
     return {
         "unknown task": (["--task", "lfit"], "lift, can, square"),
-        "no such demonstrations": (["--demos", str(tmp_path / "none.hdf5"), *start[2:]], "none.hdf5"),
-        "truncated demonstrations": (["--demos", str(truncated), *start[2:]], "cut.hdf5"),
-        "foreign demonstrations": (["--demos", str(foreign), *start[2:]], "foreign.hdf5"),
+        "no such demonstrations": (["--data", str(tmp_path / "none.hdf5"), *start[2:]], "none.hdf5"),
+        "truncated demonstrations": (["--data", str(truncated), *start[2:]], "cut.hdf5"),
+        "foreign demonstrations": (["--data", str(foreign), *start[2:]], "foreign.hdf5"),
         "no such checkpoint": ([*start[:2], "--checkpoint", str(tmp_path / "none.pt")], "none.pt"),
         "another version": ([*start[:2], "--checkpoint", str(version)], "999"),
         "other networks": ([*start, "--hidden", "48"], "--hidden"),

@@ -1,0 +1,41 @@
+"""A scripted Can demonstrator: grasp the can, carry it over the wall, put or drop it into its quarter of the bin."""
+from __future__ import annotations
+
+import numpy as np
+
+from demos.motion import CLOSED, Carrier, wrap
+
+BIN = np.array([0.1975, 0.4025, 0.82])  # centre of the can's quarter, on its floor (robosuite's PickPlace)
+
+
+class CanDemonstrator(Carrier):
+    """action (7,) = CanDemonstrator(rng)(obs (23,)): one object per episode. Not a person: ours."""
+
+    CLEAR = 0.96  # the bins' walls end at 0.9
+    CENTRE = 0.008
+    DEPTH = (-0.01, 0.02)
+    CLOSE_STEPS = (9, 15)
+    MISS = 0.2
+    MISS_OFFSET = (0.055, 0.075)  # the can is wider than the cube
+    MISS_HEIGHT = (0.02, 0.06)
+    AIM = 0.02
+    ARRIVED = 0.04
+    GRIP = (-0.6, 0.6)  # the can is round: each attempt turns the hand as it likes
+    LET_GO = (0.87, 0.94)  # height of the can when the fingers open
+
+    def _begin_attempt(self) -> None:
+        self.grip, self.let_go = self.rng.uniform(*self.GRIP), self.rng.uniform(*self.LET_GO)
+        super()._begin_attempt()
+
+    def _twist(self) -> float:
+        return self.turn * wrap(self.grip - self.eef_yaw, np.pi) if self.phase in ("hover", "descend") else 0.0
+
+    def _goal(self) -> np.ndarray:
+        return BIN.copy()
+
+    def _lower(self):
+        if self._lost() or self.object[2] < self.let_go or self.phase_steps > 40:
+            self._enter("drop")
+        target = self._goal() + self.aim
+        target[2] = self.let_go - 0.02
+        return self._carried(target), CLOSED
