@@ -1,7 +1,7 @@
 """Stage I: behaviour cloning of demonstrations with the flow-matching loss (paper Sec. IV-C1, Eq. 24).
 
     python train_offline.py --task lift                   # 20 scripted demonstrations, about a minute on two cores
-    python train_offline.py --task lift --demos FILE      # robomimic HDF5
+    python train_offline.py --task lift --data FILE       # robomimic HDF5
     python train_offline.py --resume runs/lift-bc-s0      # continues an interrupted run exactly
     python train_offline.py --eval runs/lift-bc-s0        # evaluates its checkpoint
 
@@ -57,6 +57,7 @@ class Args:
 
 
 COLUMNS = ["bc", "updates_per_s", "time/update"]
+SETTINGS = ("offline-to-online", "online")        # Tables III and II
 
 
 # ---- command line: the task table fills the defaults, the user's flags win -------------------------------------------
@@ -65,7 +66,8 @@ def parse(cls, argv=None):
     """Read the command line into `cls`. --task and --preset are looked at first: --help shows their defaults."""
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in (("--task", None), ("--preset", "auto"), ("--resume", None), ("--eval", None)):
+    for name, default in (("--task", None), ("--preset", "auto"), ("--setting", SETTINGS[0]), ("--resume", None),
+                          ("--eval", None)):
         first.add_argument(name, default=default)
     known, _ = first.parse_known_args(argv)
     if known.resume or known.eval:
@@ -79,13 +81,14 @@ def parse(cls, argv=None):
         if task not in envs.TASKS:
             raise UserError(f"unknown task '{task}'; tasks: {', '.join(envs.TASKS)}")
         preset = known.preset if known.preset in envs.PRESETS else "auto"      # tyro refuses an unknown one
-        defaults = preset_defaults(cls, task, resolve_preset(preset)[0])
+        setting = known.setting if known.setting in SETTINGS else SETTINGS[0]
+        defaults = preset_defaults(cls, task, resolve_preset(preset)[0], setting)
         defaults.preset = preset
     return tyro.cli(cls, args=argv, default=defaults, description=sys.modules[cls.__module__].__doc__)
 
 
-def preset_defaults(cls, task, preset):
-    settings = envs.settings(task, preset)
+def preset_defaults(cls, task, preset, setting=SETTINGS[0]):
+    settings = {"setting": setting} | envs.settings(task, preset, setting)
     fields = {field.name for field in dataclasses.fields(cls)}
     return cls(task=task, **{name: value for name, value in settings.items() if name in fields})
 
@@ -184,9 +187,14 @@ def environment(args):
         raise UserError(str(error)) from error
 
 
-def make_policy(args, device):
+def make_policy(args, device, data=None):
+    """An untrained policy; with demonstrations it standardises observations by their statistics."""
     task = envs.TASKS[args.task]
-    return FlowPolicy(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.flow_steps).to(device)
+    policy = FlowPolicy(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.flow_steps)
+    if data is not None and args.normalize:
+        obs = torch.as_tensor(data["obs"])
+        policy.set_normalizer(obs.mean(0), obs.std(0).clamp(min=1e-3))
+    return policy.to(device)
 
 
 def record_result(book, step, acting, result):
@@ -213,10 +221,7 @@ def pretrain(args, data, device, book, state=None):
     torch.manual_seed(args.seed)
     replay = ChunkReplay(len(data["obs"]), data["obs"].shape[1], data["action"].shape[1], args.horizon, 1.0, device)
     replay.extend(data)
-    policy = make_policy(args, device)
-    if args.normalize:
-        obs = torch.as_tensor(data["obs"])
-        policy.set_normalizer(obs.mean(0), obs.std(0).clamp(min=1e-3))
+    policy = make_policy(args, device, data)
     optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.learning_rate, fused=device.type != "mps")
     generator = torch.Generator(device).manual_seed(args.seed)
     start, clock, total = 0, Clock(), torch.zeros((), device=device)

@@ -31,6 +31,7 @@ from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstration
 class LoopArgs(OfflineArgs):
     """What every method of this loop needs."""
 
+    setting: Literal["offline-to-online", "online"] = "offline-to-online"  # online (Table II): no stage I
     checkpoint: str | None = None     # from stage I; default: that of runs/<task>-bc-s<seed>, trained if missing
     discount: float = 0.99            # gamma, per environment step
     heads: int = 2                    # critic heads, averaged
@@ -326,8 +327,10 @@ def refuse_nonfinite(state, step, book, where="agent"):
                         "checkpoint. Lower --online-learning-rate, or check the demonstrations")
 
 
-def load_policy(args, device):
+def load_policy(args, device, data):
     """The stage-I policy: from args.checkpoint, or trained now. None if the user interrupted stage I."""
+    if args.setting == "online":
+        return make_policy(args, device, data)
     if args.checkpoint is None:
         offline = OfflineArgs(**{field.name: getattr(args, field.name) for field in dataclasses.fields(OfflineArgs)})
         other = f"-h{args.horizon}" if args.horizon != OfflineArgs.horizon else ""         # another policy, another run
@@ -360,7 +363,7 @@ def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy):
         policy = make_policy(args, device)
     else:
         state = None
-        policy = load(args, device)
+        policy = load(args, device, data)
         if policy is None:
             return
         stored = dataclasses.asdict(args) | {"method": name}

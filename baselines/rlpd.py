@@ -27,7 +27,7 @@ import train_online
 from chunk_critic import critic_loss, ema_update, td_target
 from logbook import cli
 from replay import Batch
-from train_offline import demonstrations, make_policy
+from train_offline import make_policy
 from train_online import LoopArgs, adam, make_critic, minimise
 from .fql import frozen
 
@@ -169,17 +169,8 @@ class RLPD:
             getattr(self, name).load_state_dict(value)
 
 
-def blank_policy(args, device):
-    """Instead of stage I: an untrained policy that knows the demonstrations' statistics."""
-    policy = make_policy(args, device)
-    if args.normalize:
-        obs = torch.as_tensor(demonstrations(args)["obs"])
-        policy.set_normalizer(obs.mean(0), obs.std(0).clamp(min=1e-3))
-    return policy
-
-
 def main(argv=None):
-    train_online.main(argv, Args, RLPD, blank_policy)
+    train_online.main(argv, Args, RLPD, make_policy)          # no stage I: only the observations' statistics
 
 
 if __name__ == "__main__":

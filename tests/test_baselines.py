@@ -427,14 +427,14 @@ def demo_file(tmp_path_factory):
 def checkpoint(demo_file, tmp_path_factory):
     """A finished stage I of 10 steps."""
     folder, flags = tmp_path_factory.mktemp("bc") / "run", TOY[:TOY.index("--warmup-steps")]
-    train_offline.main([*flags, "--demos", str(demo_file), "--pretrain-steps", "10", "--run-dir", str(folder)])
+    train_offline.main([*flags, "--data", str(demo_file), "--pretrain-steps", "10", "--run-dir", str(folder)])
     return folder / "last.pt"
 
 
 @pytest.mark.sim
 def test_a_baseline_resumed_is_bitwise_the_uninterrupted_run(demo_file, checkpoint, tmp_path):
     """18 steps + resume + 22 == 40, in the baseline with the most state of its own; 18 stops inside a chunk."""
-    command = [*TOY, "--demos", str(demo_file), "--checkpoint", str(checkpoint), "--variant", "dsrl-sac"]
+    command = [*TOY, "--data", str(demo_file), "--checkpoint", str(checkpoint), "--variant", "dsrl-sac"]
     dsrl.main([*command, "--online-steps", "40", "--run-dir", str(tmp_path / "whole")])
     dsrl.main([*command, "--online-steps", "18", "--run-dir", str(tmp_path / "parts")])
     dsrl.main(["--resume", str(tmp_path / "parts"), "--online-steps", "40"])
@@ -443,7 +443,7 @@ def test_a_baseline_resumed_is_bitwise_the_uninterrupted_run(demo_file, checkpoi
 
 @pytest.mark.sim
 def test_qc_is_evaluated_in_both_ways_of_acting_and_rlpd_needs_no_stage_one(demo_file, checkpoint, tmp_path, capsys):
-    command = [*TOY, "--demos", str(demo_file), "--online-steps", "12"]
+    command = [*TOY, "--data", str(demo_file), "--online-steps", "12"]
     qc.main([*command, "--checkpoint", str(checkpoint), "--run-dir", str(tmp_path / "qc")])
     evaluations = read_run(tmp_path / "qc")[1]
     assert {acting: sorted(steps) for acting, steps in evaluations.items()} == {"policy": [0, 12], "best": [12]}
