@@ -91,9 +91,13 @@ def test_gymnasium_accepts_the_environment():
     check_env(envs.make_env("lift", 0, episode_limit=20), skip_render_check=True)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("task", ["can", "square"])
 def test_other_robosuite_tasks_step_and_replay(task):
+    from gymnasium.utils.env_checker import check_env
+
     env = envs.make_env(task, 3)
+    check_env(env, skip_render_check=True)
     actions = random_actions(8)
     first = roll(env, 7, actions)
     assert first.shape == (9, envs.TASKS[task].obs_dim) and first.dtype == np.float32
