@@ -216,8 +216,8 @@ def _import(module: str, render: bool):
     finally:
         logging.disable(previous)
         os.environ["MUJOCO_GL"] = chosen  # robosuite overwrites it with egl, which worker processes would inherit
-    if render and not hasattr(sys.modules["mujoco.gl_context"], "GLContext"):
-        importlib.reload(sys.modules["mujoco.gl_context"])  # it was imported when nothing was to be drawn
+    if render and not hasattr(opengl := importlib.import_module("mujoco.gl_context"), "GLContext"):
+        importlib.reload(opengl)  # it was imported when nothing was to be drawn
     return simulator
 
 
