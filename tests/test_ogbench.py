@@ -33,6 +33,15 @@ def roll(env, seed, actions):
     return np.array(observations + [env.step(action)[0] for action in actions])
 
 
+def physics(env):
+    """All that MuJoCo's next step depends on, solver warm start included."""
+    import mujoco
+
+    state = np.zeros(mujoco.mj_stateSize(env.simulator._model, mujoco.mjtState.mjSTATE_INTEGRATION))
+    mujoco.mj_getState(env.simulator._model, env.simulator._data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+    return state
+
+
 def set_state(env, qpos, buttons):
     """Put OGBench's own environment into a state; its buttons are part of it."""
     simulator = env.simulator
@@ -58,6 +67,8 @@ def test_observations_and_resets_are_exact_in_a_used_and_a_fresh_environment(env
     fresh = envs.make_env(env.task)
     assert np.array_equal(used, roll(fresh, 7, actions))
     assert not np.array_equal(used[0], fresh.reset(seed=8)[0])
+    env.reset(seed=8)
+    assert np.array_equal(physics(env), physics(fresh)) and env.simulator._data.time == 0
     fresh.close()
 
 
