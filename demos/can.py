@@ -11,13 +11,16 @@ BIN = np.array([0.1975, 0.4025, 0.82])  # centre of the can's quarter, on its fl
 class CanDemonstrator(Carrier):
     """action (7,) = CanDemonstrator(rng)(obs (23,)): one object per episode. Not a person: ours."""
 
+    SPEED = (0.7, 1.6)
+    STEADY = {"descend": 0.6, "pause": 0.6}  # the open fingers leave 15 mm on each side of the can
     CLEAR = 0.96  # the bins' walls end at 0.9
     CENTRE = 0.008
     DEPTH = (-0.01, 0.02)
     CLOSE_STEPS = (9, 15)
-    MISS = 0.2
+    MISS = 0.15
     MISS_OFFSET = (0.055, 0.075)  # the can is wider than the cube
     MISS_HEIGHT = (0.02, 0.06)
+    CARE = 0.4
     AIM = 0.02
     ARRIVED = 0.04
     GRIP = (-0.6, 0.6)  # the can is round: each attempt turns the hand as it likes
