@@ -397,6 +397,15 @@ def test_dsrls_noise_stays_in_its_bound_and_warm_up_acts_like_the_flow(name, bou
         assert np.array_equal(chunk, expected[0, 0].numpy())
 
 
+@pytest.mark.parametrize("name", ["dsrl-na", "dsrl-sac"])
+def test_dsrls_actor_climbs_the_value_of_the_noise_that_it_would_send(name):
+    agent, obs = make(name, noise_bound=3.0), torch.randn(64, OBS)
+    torch.manual_seed(5)
+    expected = agent.noise_critic(obs, 3 * agent.actor(obs)[0].unsqueeze(1)).mean()
+    torch.manual_seed(5)
+    assert torch.isclose(agent.update_actor(obs)["q_actor"], expected)
+
+
 def test_dsrl_sac_remembers_one_noise_for_each_chunk_with_its_discounted_rewards():
     agent = make("dsrl-sac", discount=0.5, reward_offset=-0.25)
     assert agent.draw(None, 8, None) is None and agent.update(None, True) == {}
@@ -436,14 +445,14 @@ def demo_file(tmp_path_factory):
 def checkpoint(demo_file, tmp_path_factory):
     """A finished stage I of 10 steps."""
     folder, flags = tmp_path_factory.mktemp("bc") / "run", TOY[:TOY.index("--warmup-steps")]
-    train_offline.main([*flags, "--demos", str(demo_file), "--pretrain-steps", "10", "--run-dir", str(folder)])
+    train_offline.main([*flags, "--data", str(demo_file), "--pretrain-steps", "10", "--run-dir", str(folder)])
     return folder / "last.pt"
 
 
 @pytest.mark.sim
 def test_a_baseline_resumed_is_bitwise_the_uninterrupted_run(demo_file, checkpoint, tmp_path):
     """18 steps + resume + 22 == 40, in the baseline with the most state of its own; 18 stops inside a chunk."""
-    command = [*TOY, "--demos", str(demo_file), "--checkpoint", str(checkpoint), "--variant", "dsrl-sac"]
+    command = [*TOY, "--data", str(demo_file), "--checkpoint", str(checkpoint), "--variant", "dsrl-sac"]
     dsrl.main([*command, "--online-steps", "40", "--run-dir", str(tmp_path / "whole")])
     dsrl.main([*command, "--online-steps", "18", "--run-dir", str(tmp_path / "parts")])
     dsrl.main(["--resume", str(tmp_path / "parts"), "--online-steps", "40"])
@@ -452,7 +461,7 @@ def test_a_baseline_resumed_is_bitwise_the_uninterrupted_run(demo_file, checkpoi
 
 @pytest.mark.sim
 def test_qc_is_evaluated_in_both_ways_of_acting_and_rlpd_needs_no_stage_one(demo_file, checkpoint, tmp_path, capsys):
-    command = [*TOY, "--demos", str(demo_file), "--online-steps", "12"]
+    command = [*TOY, "--data", str(demo_file), "--online-steps", "12"]
     qc.main([*command, "--checkpoint", str(checkpoint), "--run-dir", str(tmp_path / "qc")])
     evaluations = read_run(tmp_path / "qc")[1]
     assert {acting: sorted(steps) for acting, steps in evaluations.items()} == {"policy": [0, 12], "best": [12]}
