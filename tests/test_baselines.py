@@ -268,6 +268,14 @@ def test_fql_asks_the_critic_about_the_clipped_chunk():
     assert torch.isclose(agent.update_actor(batch, warmup=False)["q_actor"], expected)
 
 
+def test_fql_bootstraps_with_a_clipped_chunk_of_the_one_step_policy():
+    agent = make("qc-fql")
+    agent.one_step.out.bias.data.sub_(9.0)
+    batch = toy_batch()._replace(returns=torch.zeros(64), bootstrap=torch.ones(64))
+    expected = agent.target(batch.next_obs, -torch.ones(64, 1, HORIZON, ACTION)).mean()
+    assert torch.isclose(agent.update(batch, True)["target"], expected)
+
+
 def test_fql_is_single_actions_and_qc_fql_chunks():
     assert fql.Args(variant="fql").horizon == 1 and fql.Args(variant="qc-fql").horizon == 5
     assert rlpd.Args(variant="rlpd").horizon == 1 and rlpd.Args().horizon == 5
@@ -328,12 +336,13 @@ def test_rlpds_target_can_be_the_minimum_of_two_heads_with_the_entropy_bonus():
 @pytest.mark.parametrize("name", ["rlpd-ac", "dsrl-na", "dsrl-sac"])
 def test_the_temperature_rises_when_there_is_too_little_entropy_and_falls_when_too_much(name):
     agent, actions = make(name), {}
-    for wanted in (-1e3, 1e3):
+    entropy = -agent.actor(torch.randn(500, OBS))[1].mean().item()
+    for wanted in (entropy - 1, entropy + 1):
         agent.target_entropy = agent.args.target_entropy = wanted
         before = agent.temperature().item()
         agent.update(toy_batch(), warmup=False)
-        actions[wanted] = agent.temperature().item() > before
-    assert actions == {-1e3: False, 1e3: True}
+        actions[wanted > entropy] = agent.temperature().item() > before
+    assert actions == {False: False, True: True}
 
 
 @pytest.mark.parametrize("name", ["rlpd-ac", "dsrl-na"])
@@ -386,6 +395,15 @@ def test_dsrls_noise_stays_in_its_bound_and_warm_up_acts_like_the_flow(name, bou
         assert act.noise.abs().max() <= bound
         expected = agent.policy.sample(torch.as_tensor(obs), 1, act.noise[None, None])
         assert np.array_equal(chunk, expected[0, 0].numpy())
+
+
+@pytest.mark.parametrize("name", ["dsrl-na", "dsrl-sac"])
+def test_dsrls_actor_climbs_the_value_of_the_noise_that_it_would_send(name):
+    agent, obs = make(name, noise_bound=3.0), torch.randn(64, OBS)
+    torch.manual_seed(5)
+    expected = agent.noise_critic(obs, 3 * agent.actor(obs)[0].unsqueeze(1)).mean()
+    torch.manual_seed(5)
+    assert torch.isclose(agent.update_actor(obs)["q_actor"], expected)
 
 
 def test_dsrl_sac_remembers_one_noise_for_each_chunk_with_its_discounted_rewards():
