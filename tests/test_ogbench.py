@@ -99,6 +99,7 @@ def test_the_goal_is_ogbenchs_task_1(env):
     env.reset(seed=0)
     simulator, goal = env.simulator, env.task.goal
     assert simulator.cur_task_id == 1 and simulator.cur_task_info["task_name"].startswith("task1")
+    assert simulator._success_timing == "post"
     assert np.allclose(simulator._data.mocap_pos, np.reshape(goal.cubes, (-1, 3)))
     assert list(getattr(simulator, "_target_button_states", ())) == list(goal.buttons)
     if goal.slides:
@@ -250,6 +251,16 @@ def test_recorded_trajectories_replay_bitwise_and_labels_are_the_environments_ow
     assert step == len(data["obs"]) == EPISODES * (ROWS - 1)
     assert np.abs(np.diff(file["actions"], axis=0)).max() > 0.05  # something is going on
     env.close()
+
+
+def test_the_first_reading_of_an_episode_is_of_its_own_first_state(made):
+    """The drawer is placed after OGBench's own first reading: the oracle would reach for where the handle was."""
+    name, _ = made
+    env = ogbench._env if ogbench._env.task.name == name else ogbench.PlayEnv(envs.TASKS[name])
+    for seed in range(2):
+        env.reset(seed=seed)
+        reading, own = env.simulator.compute_ob_info(), type(env.simulator).compute_ob_info(env.simulator)
+        assert all(np.array_equal(reading[key], own[key]) for key in own)
 
 
 def test_the_file_does_not_depend_on_the_workers(made, tmp_path, monkeypatch):
