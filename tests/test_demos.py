@@ -193,13 +193,13 @@ def test_a_missing_file_is_refused_with_the_command_that_makes_it(tmp_path):
 def test_a_truncated_file_is_refused(copy, keep):
     content = open(copy, "rb").read()
     open(copy, "wb").write(content[: int(keep if keep >= 1 else keep * len(content))])
-    with pytest.raises(ValueError, match="copy.hdf5.*not readable as HDF5"):
+    with pytest.raises(ValueError, match="copy.hdf5.*not a readable HDF5 file"):
         demos.load(copy)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "notes.hdf5").write_text("not HDF5 at all")
-    with pytest.raises(ValueError, match="notes.hdf5.*not readable as HDF5"):
+    with pytest.raises(ValueError, match="notes.hdf5.*not a readable HDF5 file"):
         demos.load(tmp_path / "notes.hdf5")
 
 
