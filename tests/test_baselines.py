@@ -268,6 +268,14 @@ def test_fql_asks_the_critic_about_the_clipped_chunk():
     assert torch.isclose(agent.update_actor(batch, warmup=False)["q_actor"], expected)
 
 
+def test_fql_bootstraps_with_a_clipped_chunk_of_the_one_step_policy():
+    agent = make("qc-fql")
+    agent.one_step.out.bias.data.sub_(9.0)
+    batch = toy_batch()._replace(returns=torch.zeros(64), bootstrap=torch.ones(64))
+    expected = agent.target(batch.next_obs, -torch.ones(64, 1, HORIZON, ACTION)).mean()
+    assert torch.isclose(agent.update(batch, True)["target"], expected)
+
+
 def test_fql_is_single_actions_and_qc_fql_chunks():
     assert fql.Args(variant="fql").horizon == 1 and fql.Args(variant="qc-fql").horizon == 5
     assert rlpd.Args(variant="rlpd").horizon == 1 and rlpd.Args().horizon == 5
