@@ -163,9 +163,10 @@ class DSRL:
 
     def update_noise_critic(self, obs):
         w = torch.randn(len(obs), self.args.num_noises, *self.steered.noise.shape, device=self.device)
-        with torch.no_grad():
-            q = self.critic(obs, self.execute(obs, w)).mean(0)                               # (B, N)
-        loss = (self.noise_critic(obs, w) - q).square().mean()                               # DSRL-NA, Q^W
+        with autocast(self.args, self.device):
+            with torch.no_grad():
+                q = self.critic(obs, self.execute(obs, w)).mean(0)                           # (B, N)
+            loss = (self.noise_critic(obs, w) - q).square().mean()                           # DSRL-NA, Q^W
         minimise(loss, self.noise_optimizer)
         return {"noise_critic": loss.detach()}
 
