@@ -397,6 +397,15 @@ def test_dsrls_noise_stays_in_its_bound_and_warm_up_acts_like_the_flow(name, bou
         assert np.array_equal(chunk, expected[0, 0].numpy())
 
 
+@pytest.mark.parametrize("name", ["dsrl-na", "dsrl-sac"])
+def test_dsrls_actor_climbs_the_value_of_the_noise_that_it_would_send(name):
+    agent, obs = make(name, noise_bound=3.0), torch.randn(64, OBS)
+    torch.manual_seed(5)
+    expected = agent.noise_critic(obs, 3 * agent.actor(obs)[0].unsqueeze(1)).mean()
+    torch.manual_seed(5)
+    assert torch.isclose(agent.update_actor(obs)["q_actor"], expected)
+
+
 def test_dsrl_sac_remembers_one_noise_for_each_chunk_with_its_discounted_rewards():
     agent = make("dsrl-sac", discount=0.5, reward_offset=-0.25)
     assert agent.draw(None, 8, None) is None and agent.update(None, True) == {}
