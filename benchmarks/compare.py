@@ -32,8 +32,8 @@ METHODS = {
     "dsrl-na": ("baselines.dsrl", ["--variant", "dsrl-na"], "policy"),
     "dsrl-sac": ("baselines.dsrl", ["--variant", "dsrl-sac"], "policy"),
 }
-SHARED = ("preset", "setting", "demo_episodes", "hidden", "layers", "flow_steps", "batch_size", "pretrain_steps",
-          "episode_limit", "reward_offset", "discount", "capacity", "warmup_steps", "online_steps",
+SHARED = ("preset", "setting", "data", "demo_episodes", "hidden", "layers", "flow_steps", "batch_size",
+          "pretrain_steps", "episode_limit", "reward_offset", "discount", "capacity", "warmup_steps", "online_steps",
           "updates_per_step", "online_learning_rate", "eval_every", "eval_episodes", "final_episodes")
 COLUMNS = ("method", "acting", "seed", "step", "successes", "episodes", "seconds")
 
