@@ -88,10 +88,15 @@ def refuse_unlike(folders, methods):
     """Comparing runs of different settings is the mistake this file exists to prevent."""
     own = {flag.lstrip("-").replace("-", "_") for method in methods for flag in method.split()[1:]}
     for name in sorted(set(SHARED) - own):
-        found = {str(read_args(folder).get(name)): folder for folder in folders}
+        found = {_setting(folder, name): folder for folder in folders}
         if len(found) > 1:
             raise UserError(f"the runs differ in {name}: " + ", ".join(f"{value} in {folder}" for value, folder in
                             found.items()) + "; move the old ones away")
+
+
+def _setting(folder, name):
+    args = read_args(folder)
+    return str(args.get(name)).replace(f"-s{args.get('seed')}.", ".")       # data made here: one file per seed
 
 
 # ---- what they reached -----------------------------------------------------------------------------------------------

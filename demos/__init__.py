@@ -51,7 +51,7 @@ def obtain(task, preset: str, data=None, episodes: int = 20, seed: int = 0, work
             print(f"data: {error}. Making {episodes} episodes instead", flush=True)
     if own.is_file():
         return _say(own, "made earlier")
-    collect(task, episodes, seed, own, workers)
+    collect(task, episodes, seed, own, workers, directed=task.cpu.get("directed", 0.0) if preset == "cpu" else 0.0)
     return _say(own, "made just now")
 
 
@@ -85,10 +85,10 @@ def _is_ogbench(path, task=None) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------- making them
-def collect(task, episodes: int, seed: int, path, workers: int = 1, progress: bool = True) -> Path:
+def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = True, directed: float = 0.0) -> Path:
     """
     Writes `episodes` successful demonstrations and returns the path. The file depends on (task, episodes, seed) alone:
-    attempt i has its own seed, and the first successes in the order of the attempts are kept.
+    attempt i has its own seed, and the first successes in the order of the attempts are kept. `directed`: ogbench.py.
     """
     task = envs.get_task(task)
     if episodes < 1:
@@ -96,7 +96,7 @@ def collect(task, episodes: int, seed: int, path, workers: int = 1, progress: bo
     if _is_ogbench(path, task):
         from demos import ogbench
 
-        return ogbench.collect(task, episodes, seed, path, workers, progress)
+        return ogbench.collect(task, episodes, seed, path, workers, progress, directed)
     if task.name not in EXPERTS:
         raise ValueError(f"no scripted expert for task '{task.name}'; experts: {', '.join(EXPERTS)}")
     from tqdm import tqdm

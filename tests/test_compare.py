@@ -14,7 +14,8 @@ SUCCESS = {0: [1, 2], 100: [2, 1], 200: [3, 4]}                # step: successes
 
 def fake_run(method, seed, acting="policy", last=200, **args):
     """A run folder with known evaluations; it spends 1 s per logged interval of 100 steps, and 9 s evaluating."""
-    book = Logbook.create(compare.folder_of("lift", method, seed), {"online_steps": 200, "preset": "cpu"} | args,
+    settings = {"online_steps": 200, "preset": "cpu", "seed": seed} | args
+    book = Logbook.create(compare.folder_of("lift", method, seed), settings,
                           ["success", "time/env", "time/critic", "time/eval"])
     for step, successes in SUCCESS.items():
         if step > last:
@@ -81,6 +82,13 @@ def test_a_new_run_gets_its_own_flags_and_those_of_all(monkeypatch):
 def test_runs_of_different_settings_are_not_compared_unless_that_is_what_is_compared():
     fake_run("poco", 0)
     fake_run("qc", 0, "best", preset="paper")
+    for seed in (0, 1):                                        # data made here: one file per seed
+        fake_run("qc-fql", seed, data=f"data/lift-scripted-20-s{seed}.hdf5")
+    fake_run("poco", 1, data="mine.hdf5")
+    own = [compare.folder_of("lift", "qc-fql", seed) for seed in (0, 1)]
+    compare.refuse_unlike(own, ["qc-fql"])
+    with pytest.raises(UserError, match="data.*mine"):
+        compare.refuse_unlike([*own, compare.folder_of("lift", "poco", 1)], ["poco", "qc-fql"])
     folders = [compare.folder_of("lift", method, 0) for method in ("poco", "qc")]
     with pytest.raises(UserError, match="preset"):
         compare.refuse_unlike(folders, ["poco", "qc"])

@@ -147,6 +147,17 @@ def test_the_actor_is_frozen_during_warm_up(demo_file, stage_one, tmp_path):
     assert not torch.equal(after["critic"]["out.weight"], after["target"]["out.weight"])
 
 
+def test_the_online_setting_has_no_stage_one(demo_file, tmp_path, monkeypatch):
+    """Table II: an untrained policy that standardises by the demonstrations, which are in the replay."""
+    monkeypatch.setattr(train_online, "stage_one", None)
+    train_online.main([*ONLINE, "--data", str(demo_file), "--setting", "online", "--online-steps", "4",
+                       "--run-dir", str(tmp_path / "run")])
+    state, data = load_checkpoint(tmp_path / "run/last.pt"), demos.load(demo_file, "lift")
+    assert torch.equal(state["agent"]["policy"]["obs_mean"], torch.as_tensor(data["obs"]).mean(0))
+    assert state["world"]["replay"]["demos"] == len(data["obs"])
+    assert train_offline.parse(train_online.Args, ["--preset", "paper", "--setting", "online"]).pretrain_steps == 0
+
+
 def test_a_checkpoint_is_evaluated_with_its_own_arguments(uninterrupted, capsys):
     train_online.main(["--eval", str(uninterrupted), "--final-episodes", "1"])
     printed = capsys.readouterr().out
