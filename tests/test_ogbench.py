@@ -432,6 +432,26 @@ def test_directed_errands_serve_the_goal_and_replay_bitwise(task, tmp_path, monk
         obs = env.step(action)[0]
 
 
+def test_an_oracle_is_told_the_errand_of_now():
+    """A new errand does not move the world, yet the oracle must not be given the reading of the old one."""
+    env, told = ogbench.PlayEnv(envs.TASKS["cube-double"]), []
+
+    class Oracle:
+        done = True
+
+        def reset(self, obs, info):
+            block, place = info["privileged/target_block"], info["privileged/target_block_pos"]
+            own = env.simulator._data.mocap_pos[env.simulator._cube_target_mocap_ids[block]]
+            told.append((block == env.simulator._target_block, np.array_equal(place, own)))
+
+        def select_action(self, obs, info):
+            return np.zeros(5)
+
+    ogbench._play(env, {"cube": Oracle()}, np.random.default_rng(0), 0.5, 12)
+    assert told == [(True, True)] * 12
+    env.close()
+
+
 def test_lights_out_is_solved():
     assert list(ogbench.lights_out(np.zeros(9, int), envs.TASKS["puzzle-3x3"].goal.buttons)) == [0, 8]
     rng = np.random.default_rng(0)
