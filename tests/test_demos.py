@@ -252,7 +252,7 @@ def test_a_task_without_an_expert_is_refused(tmp_path, monkeypatch):
 @pytest.fixture
 def places(tmp_path, monkeypatch):
     """An empty home and working directory; demonstrations are made, and downloads answered, by writing a word."""
-    def collect(task, episodes, seed, path, workers):
+    def collect(task, episodes, seed, path, workers, **_):
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"made {episodes} {seed}")
 
