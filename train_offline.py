@@ -22,6 +22,7 @@ import tyro
 
 import demos
 import envs
+from chunk_critic import aggregate
 from flow_policy import FlowPolicy
 from logbook import Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint, read_args
 from poco import posterior_weights
@@ -144,8 +145,8 @@ class Acting:
     for acting, candidates weighed by the critic (ours).
     """
 
-    def __init__(self, policy, critic=None, num_candidates=1, temperature=1.0):
-        self.policy, self.critic, self.temperature = policy, critic, temperature
+    def __init__(self, policy, critic=None, num_candidates=1, temperature=1.0, pessimism=0.0):
+        self.policy, self.critic, self.temperature, self.pessimism = policy, critic, temperature, pessimism
         self.num_candidates = num_candidates if critic is not None else 1
 
     def to(self, device):
@@ -163,7 +164,8 @@ class Acting:
         chunks = policy.sample(policy.encode(obs), n, noise=torch.as_tensor(noise, device=obs.device))   # (1, n, H, A)
         pick = 0
         if self.critic is not None:
-            weights = posterior_weights(self.critic(obs, chunks).mean(0), self.temperature)[0].double().cpu().numpy()
+            q = aggregate(self.critic(obs, chunks), self.pessimism)                                          # (1, n)
+            weights = posterior_weights(q, self.temperature)[0].double().cpu().numpy()
             pick = rng.choice(n, p=weights / weights.sum())
         return chunks[0, pick].cpu().numpy()
 

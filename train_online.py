@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import envs
-from chunk_critic import ChunkCritic, critic_loss, ema_update, td_target
+from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from logbook import Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
@@ -34,7 +34,8 @@ class LoopArgs(OfflineArgs):
     setting: Literal["offline-to-online", "online"] = "offline-to-online"  # online (Table II): no stage I
     checkpoint: str | None = None     # from stage I; default: that of runs/<task>-bc-s<seed>, trained if missing
     discount: float = 0.99            # gamma, per environment step
-    heads: int = 2                    # critic heads, averaged
+    heads: int = 2                    # critic heads
+    pessimism: float = 0.0            # how many deviations over the heads are taken off their mean (ours; 2 heads, 1: min)
     tau: float = 0.005                # rate of the target critic's moving average
     online_learning_rate: float = 3e-4  # Adam in stage II, policy and critic
     policy_tau: float = 1.0           # rate of the acting policy's moving average; 1: the newest weights (paper)
@@ -81,7 +82,12 @@ class POCO:
         """The callable that acts: "policy" draws from the policy, "posterior" from the online critic's posterior."""
         if mode == "policy":
             return Acting(self.actor)
-        return Acting(self.actor, self.critic, self.args.num_candidates, self.args.temperature)
+        args = self.args
+        return Acting(self.actor, self.critic, args.num_candidates, args.temperature, args.pessimism)
+
+    def value(self, obs, chunks):
+        """The target critic's: obs (B, D), chunks (B, N, H, A) -> (B, N)."""
+        return aggregate(self.target(obs, chunks), self.args.pessimism)
 
     def update(self, batch, warmup):
         """One update on a batch of replay chunks; during warm-up the actor is frozen. Returns stats."""
@@ -89,7 +95,7 @@ class POCO:
         with self.clock("critic"):
             with autocast(args, self.device):
                 next_chunk = policy.sample(policy.encode(batch.next_obs), 1)
-            next_q = self.target(batch.next_obs, next_chunk).mean((0, 2))
+            next_q = self.value(batch.next_obs, next_chunk)[:, 0]
             y = td_target(batch.returns, batch.bootstrap, next_q)
             loss, stats = critic_loss(self.critic, batch.obs, batch.chunk, y)
             minimise(loss, self.critic_optimizer)
@@ -100,8 +106,7 @@ class POCO:
         if args.guidance > 0:
             with self.clock("e_step"), autocast(args, self.device):
                 candidates, weights, posterior_stats = e_step(
-                    policy, lambda _, chunks: self.target(batch.obs, chunks).mean(0), context, args.num_candidates,
-                    args.temperature)
+                    policy, lambda _, chunks: self.value(batch.obs, chunks), context, args.num_candidates, args.temperature)
         with self.clock("m_step"):
             with autocast(args, self.device):
                 loss, actor_stats = m_step_loss(policy, context, batch.chunk, batch.valid, candidates, weights,

@@ -25,7 +25,7 @@ import torch
 
 import envs
 import train_online
-from chunk_critic import critic_loss, ema_update, td_target
+from chunk_critic import aggregate, critic_loss, ema_update, td_target
 from logbook import cli
 from replay import ChunkReplay
 from train_online import LoopArgs, adam, autocast, make_critic, minimise
@@ -154,7 +154,8 @@ class DSRL:
         with torch.no_grad():
             draw = torch.randn(len(batch.obs), *self.steered.noise.shape, device=self.device)
             w = self.steered.choose(batch.next_obs, draw).unsqueeze(1)                       # (B, 1, H, A)
-            next_q = self.target(batch.next_obs, self.execute(batch.next_obs, w) if self.aliasing else w).mean((0, 2))
+            next_q = self.target(batch.next_obs, self.execute(batch.next_obs, w) if self.aliasing else w)
+            next_q = aggregate(next_q, self.args.pessimism)[:, 0]
         y = td_target(batch.returns, batch.bootstrap, next_q)
         loss, stats = critic_loss(self.critic, batch.obs, batch.chunk, y)                    # DSRL-NA, Q^A
         minimise(loss, self.critic_optimizer)
@@ -165,7 +166,7 @@ class DSRL:
         w = torch.randn(len(obs), self.args.num_noises, *self.steered.noise.shape, device=self.device)
         with autocast(self.args, self.device):
             with torch.no_grad():
-                q = self.critic(obs, self.execute(obs, w)).mean(0)                           # (B, N)
+                q = aggregate(self.critic(obs, self.execute(obs, w)), self.args.pessimism)   # (B, N)
             loss = (self.noise_critic(obs, w) - q).square().mean()                           # DSRL-NA, Q^W
         minimise(loss, self.noise_optimizer)
         return {"noise_critic": loss.detach()}

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 import train_online
-from chunk_critic import critic_loss, ema_update, td_target
+from chunk_critic import aggregate, critic_loss, ema_update, td_target
 from logbook import cli
 from replay import ChunkReplay
 from train_online import LoopArgs, adam, autocast, make_critic, minimise
@@ -114,7 +114,7 @@ class FQL:
         with torch.no_grad(), autocast(self.args, self.device):
             context = self.policy.encode(batch.next_obs)
             next_chunk = one_step(self.one_step, context, self.noise(batch.next_obs)).float().clamp(-1, 1)
-        next_q = self.target(batch.next_obs, next_chunk).mean((0, 2))
+        next_q = aggregate(self.target(batch.next_obs, next_chunk), self.args.pessimism)[:, 0]
         y = td_target(batch.returns, batch.bootstrap, next_q)
         loss, stats = critic_loss(self.critic, batch.obs, batch.chunk, y)                    # FQL, L_Q
         minimise(loss, self.critic_optimizer)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import train_online
-from chunk_critic import critic_loss, ema_update, td_target
+from chunk_critic import aggregate, critic_loss, ema_update, td_target
 from logbook import cli
 from replay import ChunkReplay
 from train_offline import Acting
@@ -37,25 +37,25 @@ class Args(LoopArgs):
 
 
 @torch.no_grad()
-def best_of_n(policy, critic, obs, n, noise=None):
-    """The best of n chunks under the mean of the critic's heads: obs (B, D) -> (B, 1, H, A); noise (B, n, H, A)."""
+def best_of_n(policy, critic, obs, n, pessimism=0.0, noise=None):
+    """The best of n chunks under the critic's aggregated heads: obs (B, D) -> (B, 1, H, A); noise (B, n, H, A)."""
     chunks = policy.sample(policy.encode(obs), n, noise)                                     # (B, n, H, A)
-    best = critic(obs, chunks).mean(0).argmax(1)                                             # (B,)
+    best = aggregate(critic(obs, chunks), pessimism).argmax(1)                               # (B,)
     return chunks[torch.arange(len(obs), device=obs.device), best].unsqueeze(1)              # (B, 1, H, A)
 
 
 class BestOfN(torch.nn.Module):
     """Acts with the best of n: obs (1, D), rng -> chunk (H, A)."""
 
-    def __init__(self, policy, critic, n):
+    def __init__(self, policy, critic, n, pessimism=0.0):
         super().__init__()
-        self.policy, self.critic, self.n = policy, critic, n
+        self.policy, self.critic, self.n, self.pessimism = policy, critic, n, pessimism
 
     def forward(self, obs, rng):
         policy, device = self.policy, self.policy.obs_mean.device
         noise = rng.standard_normal((1, self.n, policy.horizon, policy.action_dim), dtype=np.float32)
         obs, noise = torch.as_tensor(obs, device=device), torch.as_tensor(noise, device=device)
-        return best_of_n(policy, self.critic, obs, self.n, noise)[0, 0].cpu().numpy()
+        return best_of_n(policy, self.critic, obs, self.n, self.pessimism, noise)[0, 0].cpu().numpy()
 
 
 class QC:
@@ -73,7 +73,9 @@ class QC:
 
     def acting(self, mode):
         """"policy": a draw from the flow. "best": the best of N under the online critic."""
-        return Acting(self.actor) if mode == "policy" else BestOfN(self.actor, self.critic, self.args.num_candidates)
+        if mode == "policy":
+            return Acting(self.actor)
+        return BestOfN(self.actor, self.critic, self.args.num_candidates, self.args.pessimism)
 
     def update(self, batch, warmup):
         """One update on a batch of replay chunks; during warm-up the actor is frozen. Returns stats."""
@@ -81,8 +83,8 @@ class QC:
         with self.clock("critic"):
             with autocast(args, self.device):
                 # the online critic chooses, the target critic rates: the maximum is over-estimated less
-                next_chunk = best_of_n(policy, self.critic, batch.next_obs, args.num_candidates)
-            next_q = self.target(batch.next_obs, next_chunk).mean((0, 2))
+                next_chunk = best_of_n(policy, self.critic, batch.next_obs, args.num_candidates, args.pessimism)
+            next_q = aggregate(self.target(batch.next_obs, next_chunk), args.pessimism)[:, 0]
             y = td_target(batch.returns, batch.bootstrap, next_q)                            # QC, L(theta)
             loss, stats = critic_loss(self.critic, batch.obs, batch.chunk, y)
             minimise(loss, self.critic_optimizer)

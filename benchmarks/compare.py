@@ -33,7 +33,7 @@ METHODS = {
     "dsrl-sac": ("baselines.dsrl", ["--variant", "dsrl-sac"], "policy"),
 }
 SHARED = ("preset", "setting", "data", "demo_episodes", "hidden", "layers", "flow_steps", "batch_size",
-          "pretrain_steps", "episode_limit", "reward_offset", "discount", "capacity", "warmup_steps", "online_steps",
+          "pretrain_steps", "episode_limit", "reward_offset", "discount", "pessimism", "tau", "capacity", "warmup_steps", "online_steps",
           "updates_per_step", "online_learning_rate", "eval_every", "eval_episodes", "final_episodes")
 COLUMNS = ("method", "acting", "seed", "step", "successes", "episodes", "seconds")
 

@@ -100,6 +100,7 @@ MUTANTS = [
     ("target not detached", "chunk_critic.py", "q - target.detach()", "q - target"),
     ("td_target carries a gradient", "chunk_critic.py", "@torch.no_grad()\ndef td_target", "def td_target"),
     ("stats carry a gradient", "chunk_critic.py", "target.detach().mean()", "target.mean()"),
+    ("pessimism turned round", "chunk_critic.py", "mean - pessimism", "mean + pessimism"),
     ("bootstrap factor dropped", "chunk_critic.py", "returns + bootstrap * next_q", "returns + next_q"),
     ("tau inverted", "chunk_critic.py", "list(online.parameters()), tau)", "list(online.parameters()), 1 - tau)"),
     ("online network averaged", "chunk_critic.py",

@@ -199,8 +199,8 @@ def test_qc_takes_the_candidate_its_critic_likes_best_on_average():
 
     def critic(obs, chunks):                                 # two heads that disagree: their mean likes small actions
         return torch.stack([chunks.sum((-2, -1)), -3 * chunks.sum((-2, -1))])
-    chosen = qc.best_of_n(policy, critic, torch.zeros(5, OBS), 8, noise)
-    sums = policy.sample(torch.zeros(5, OBS), 8, noise).sum((-2, -1))
+    chosen = qc.best_of_n(policy, critic, torch.zeros(5, OBS), 8, noise=noise)
+    sums = policy.sample(torch.zeros(5, OBS), 8, noise=noise).sum((-2, -1))
     assert chosen.shape == (5, 1, HORIZON, ACTION) and torch.equal(chosen.sum((-2, -1)).squeeze(1), sums.amin(1))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from chunk_critic import ChunkCritic, critic_loss, ema_update, td_target
+from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 
 SEEDS = st.integers(0, 2**31 - 1)
 SIZES = st.tuples(*[st.integers(1, high) for high in (3, 4, 3, 4, 3, 5)])       # M, B, N, H, A, D
@@ -28,6 +28,19 @@ def make(sizes, seed, layers=2):
         p.data = torch.randn(p.shape, generator=g, dtype=torch.float64)
     critic.set_normalizer(torch.randn(d, generator=g), torch.rand(d, generator=g) + 0.5)
     return critic, torch.randn(b, d, generator=g).double(), torch.randn(b, n, h, a, generator=g).double()
+
+
+@given(SIZES, SEEDS, st.floats(0, 3))
+def test_heads_aggregate_to_mean_less_deviations(sizes, seed, pessimism):
+    """0 is the mean; 1 with two heads is their minimum; more pessimism never raises a value; (M, B, N) -> (B, N)."""
+    q = torch.randn(sizes[:3], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert torch.equal(aggregate(q), q.mean(0))
+    close(aggregate(q[:2], 1.0), q[:2].amin(0))
+    value = aggregate(q, pessimism)
+    for b in range(sizes[1]):
+        for n in range(sizes[2]):
+            heads = q[:, b, n]
+            close(value[b, n], heads.mean() - pessimism * ((heads - heads.mean()) ** 2).mean().sqrt())
 
 
 @settings(max_examples=40)
