@@ -59,10 +59,10 @@ class ChunkCritic(nn.Module):
         h = F.layer_norm(F.silu(h), h.shape[-1:])                                 # its gain and offset would only
         for layer in self.hidden:                                                 # repeat the next linear layer's
             h = F.layer_norm(F.silu(layer(h)), h.shape[-1:])
-        # Never in bf16: candidates of one state differ by less than a bf16 step of their common value.
-        with torch.autocast(h.device.type, enabled=False):
-            q = self.out(h.to(self.out.weight.dtype))
-        return q.squeeze(-1).unflatten(1, (rows, n))                              # (M, B, N)
+        # Never in bf16: candidates of one state differ by less than a bf16 step of their common value. As a weighted
+        # sum, since a product with a single column is slow on a CPU.
+        q = (h * self.out.weight.mT).sum(-1) + self.out.bias.squeeze(-1)          # float32 even under autocast
+        return q.unflatten(1, (rows, n))                                          # (M, B, N)
 
 
 def aggregate(q: Tensor, pessimism: float = 0.0) -> Tensor:

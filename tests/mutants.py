@@ -115,7 +115,7 @@ MUTANTS = [
     ("heads share a layer", "chunk_critic.py",
      "torch.baddbmm(self.bias, x, self.weight)", "torch.baddbmm(self.bias, x, self.weight[:1].expand_as(self.weight))"),
     ("loss of one head", "chunk_critic.py", "(q - target.detach())", "(q[:1] - target.detach())"),
-    ("values in bfloat16", "chunk_critic.py", "enabled=False", "enabled=True"),
+    ("values in bfloat16", "chunk_critic.py", "h * self.out.weight.mT", "h * self.out.weight.mT.to(h.dtype)"),
     ("initialisation too wide", "chunk_critic.py", "1 / math.sqrt(inputs)", "2 / math.sqrt(inputs)"),
     ("normaliser skipped", "chunk_critic.py", "((obs - self.obs_mean) / self.obs_std)", "obs"),
     # the replay

@@ -185,6 +185,21 @@ def test_the_paper_preset_is_tables_2_and_3():
     assert {name: getattr(args, name) for name in table} == table
 
 
+@pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc only")
+def test_freed_activations_are_not_mapped_anew():
+    """After keep_memory a second round of temporaries touches no new page; without it every round maps thousands."""
+    code = ("import resource, torch, train_offline\n"
+            "def faults():\n"
+            "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "    for _ in range(20):\n"
+            "        kept = [torch.ones(2**20) for _ in range(4)]\n"
+            "        del kept\n"
+            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+            "faults(), train_offline.keep_memory(), faults()\n"
+            "assert faults() < 500")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_flags_win_over_the_preset():
     argv = "--task lift --preset cpu --clip inf --hidden 7".split()
     args = train_offline.parse(train_online.Args, argv)
