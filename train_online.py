@@ -35,7 +35,7 @@ class LoopArgs(OfflineArgs):
     checkpoint: str | None = None     # from stage I; default: that of runs/<task>-bc-s<seed>, trained if missing
     discount: float = 0.99            # gamma, per environment step
     heads: int = 2                    # critic heads
-    pessimism: float = 0.0            # how many deviations over the heads are taken off their mean (ours; 2 heads, 1: min)
+    pessimism: float = 0.0            # deviations over the heads taken off their mean; 2 heads, 1: the minimum
     tau: float = 0.005                # rate of the target critic's moving average
     online_learning_rate: float = 3e-4  # Adam in stage II, policy and critic
     policy_tau: float = 1.0           # rate of the acting policy's moving average; 1: the newest weights (paper)
@@ -106,7 +106,8 @@ class POCO:
         if args.guidance > 0:
             with self.clock("e_step"), autocast(args, self.device):
                 candidates, weights, posterior_stats = e_step(
-                    policy, lambda _, chunks: self.value(batch.obs, chunks), context, args.num_candidates, args.temperature)
+                    policy, lambda _, chunks: self.value(batch.obs, chunks), context, args.num_candidates,
+                    args.temperature)
         with self.clock("m_step"):
             with autocast(args, self.device):
                 loss, actor_stats = m_step_loss(policy, context, batch.chunk, batch.valid, candidates, weights,

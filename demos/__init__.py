@@ -25,10 +25,10 @@ _env = None  # one per process
 
 
 # ------------------------------------------------------------------------------------- which file, what is in it
-def made(task, episodes: int, seed: int) -> Path:
+def made(task, episodes: int, seed: int, directed: float = 0.0) -> Path:
     """Where demonstrations that are made here are kept and found again."""
     task = envs.get_task(task)
-    kind, suffix = ("scripted", "hdf5") if task.suite == "robosuite" else ("play", "npz")
+    kind, suffix = ("scripted", "hdf5") if task.suite == "robosuite" else ("directed" if directed else "play", "npz")
     return Path("data") / f"{task.name}-{kind}-{episodes}-s{seed}.{suffix}"
 
 
@@ -37,7 +37,9 @@ def obtain(task, preset: str, data=None, episodes: int = 20, seed: int = 0, work
     The file to train on; the choice is printed. `data` names it. Otherwise the cpu preset makes its own, the same
     everywhere; the paper preset looks for the public file, then downloads it, then makes `episodes` of its own.
     """
-    task, own = envs.get_task(task), made(task, episodes, seed)
+    task = envs.get_task(task)
+    directed = task.cpu.get("directed", 0.0) if preset == "cpu" else 0.0
+    own = made(task, episodes, seed, directed)
     if data is not None and (Path(data) != own or own.is_file()):  # its own file is made again if it went missing
         return Path(data).expanduser()
     if preset == "paper" and data is None:
@@ -51,7 +53,7 @@ def obtain(task, preset: str, data=None, episodes: int = 20, seed: int = 0, work
             print(f"data: {error}. Making {episodes} episodes instead", flush=True)
     if own.is_file():
         return _say(own, "made earlier")
-    collect(task, episodes, seed, own, workers, directed=task.cpu.get("directed", 0.0) if preset == "cpu" else 0.0)
+    collect(task, episodes, seed, own, workers, directed=directed)
     return _say(own, "made just now")
 
 

@@ -300,3 +300,12 @@ def test_a_resumed_run_makes_its_own_missing_file_again(places):
     path = demos.obtain("lift", "cpu")
     path.unlink()
     assert demos.obtain("lift", "cpu", str(path)).read_text() == "made 20 0"
+
+
+def test_play_that_serves_the_task_has_a_name_of_its_own(places, monkeypatch):
+    """The presets' play data of equally many episodes differ, so one must never be taken for the other."""
+    def offline(*_):
+        raise demos.download.DownloadError("no mirror delivered")
+
+    monkeypatch.setattr(demos.download, "fetch", offline)
+    assert demos.obtain("scene", "cpu", None, 5) != demos.obtain("scene", "paper", None, 5)
