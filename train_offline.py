@@ -253,7 +253,7 @@ def pretrain(args, data, device, book, state=None):
                               "total": total})
 
     every = max(args.pretrain_steps // 20, 1)
-    with Interrupt() as interrupt, Progress("stage I", args.pretrain_steps, every, start, unit="steps") as bar:
+    with Interrupt() as interrupt, Progress("stage I", args.pretrain_steps, every, start, start, "steps") as bar:
         for step in range(start + 1, args.pretrain_steps + 1):
             with clock("update"):
                 batch = replay.sample(args.batch_size, generator)
