@@ -29,7 +29,7 @@ from . import ppo
 class Args(ppo.Args):
     noise_std: float = 0.1            # of the noise added in every flow step
     denoising_discount: float = 0.99  # the advantage counts this much less for each step before the last
-    clip_first: float = 0.1           # the first step's share of --clip; it grows exponentially up to the last step
+    clip_first: float = 0.1           # the first step's share of --ratio-clip; it grows exponentially to the last step
 
 
 class DPPO:
@@ -40,13 +40,13 @@ class DPPO:
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock, self.device = args, policy, clock, policy.obs_mean.device
         self.value = ppo.Value(policy, args.hidden, args.layers)
-        self.actor_optimizer = adam(policy.head_parameters(), args, args.actor_learning_rate)
+        self.actor_optimizer = adam(policy.head_parameters(), args, args.policy_learning_rate)
         self.value_optimizer = adam(self.value.parameters(), args)
         self.kl = 0.0
         steps = torch.arange(policy.flow_steps, device=self.device)
         self.weights = args.denoising_discount ** (len(steps) - 1 - steps)                   # (K,)
         growth = torch.expm1(3 * steps / max(len(steps) - 1, 1)) / math.expm1(3)             # (K,) from 0 to 1
-        self.clips = args.clip * (args.clip_first + (1 - args.clip_first) * growth)
+        self.clips = args.ratio_clip * (args.clip_first + (1 - args.clip_first) * growth)
 
     def log_std(self, context, t):
         """The same for every state and step; broadcasts to (B, n, H, A)."""

@@ -37,11 +37,11 @@ from train_online import LoopArgs, minimise
 @dataclass
 class Args(LoopArgs):
     num_envs: int = 20                # environments side by side
-    rollout_chunks: int = 50          # chunks that each of them executes in an iteration (ours)
+    rollout_chunks: int = 100         # chunks that each of them executes in an iteration (ours)
     epochs: int = 10                  # passes over an iteration's chunks, --batch-size at a time
-    actor_learning_rate: float = 1e-4  # Adam; V has --online-learning-rate
+    policy_learning_rate: float = 1e-5  # Adam (ours); V has --online-learning-rate
     gae_lambda: float = 0.95          # per chunk
-    clip: float = 0.01                # the ratio, a mean over cells in its exponent, stays in 1 -+ this
+    ratio_clip: float = 0.01          # the ratio, a mean over cells in its exponent, counts within 1 -+ this
     target_kl: float = 1.0            # an iteration stops when its chain has moved this far, in nats
 
 

@@ -61,7 +61,7 @@ class ReinFlow:
         self.log_std = NoiseNet(policy, args.min_std, args.max_std)
         self.value = ppo.Value(policy, args.hidden, args.layers)
         trained = [*policy.head_parameters(), *self.log_std.parameters()]
-        self.actor_optimizer = adam(trained, args, args.actor_learning_rate)
+        self.actor_optimizer = adam(trained, args, args.policy_learning_rate)
         self.value_optimizer = adam(self.value.parameters(), args)
         self.kl = 0.0
 
@@ -78,7 +78,7 @@ class ReinFlow:
             mean, log_std = ppo.all_steps(self.policy, self.log_std, batch.obs, batch.chain)
             new = ppo.log_likelihood(batch.chain, mean, log_std, batch.valid).mean(1)        # (B,)
             old = ppo.log_likelihood(batch.chain, batch.mean, batch.log_std, batch.valid).mean(1)
-            surrogate, clipped = ppo.clipped_loss(new - old, ppo.standardised(batch.advantage), self.args.clip)
+            surrogate, clipped = ppo.clipped_loss(new - old, ppo.standardised(batch.advantage), self.args.ratio_clip)
             entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).mean()
             minimise(surrogate - self.args.entropy * entropy, self.actor_optimizer)          # ReinFlow, Eq. 11
             kl = ppo.chain_kl(batch.mean, batch.log_std, mean.detach(), log_std.detach())

@@ -63,7 +63,7 @@ def make(name, **changes):
     """An agent on an untrained flow."""
     module, agent_class = METHODS[name]
     values = dict(task="toy", horizon=HORIZON, hidden=32, layers=2, flow_steps=STEPS, batch_size=64, warmup_steps=0,
-                  online_learning_rate=1e-3, actor_learning_rate=1e-3, num_envs=4, rollout_chunks=6, reward_offset=0.0,
+                  online_learning_rate=1e-3, policy_learning_rate=1e-3, num_envs=4, rollout_chunks=6, reward_offset=0.0,
                   target_kl=1e9) | changes
     args = module.Args(**{name: value for name, value in values.items() if hasattr(module.Args, name)})
     policy = FlowPolicy(OBS, ACTION, HORIZON, args.hidden, args.layers, STEPS)
@@ -191,7 +191,7 @@ def test_the_clipped_loss_pulls_only_where_a_step_would_help_and_the_ratio_is_no
 
 
 def test_dppos_later_steps_count_more_and_may_move_further():
-    agent = make("dppo", denoising_discount=0.9, clip=0.01, clip_first=0.1)
+    agent = make("dppo", denoising_discount=0.9, ratio_clip=0.01, clip_first=0.1)
     assert torch.allclose(agent.weights, torch.tensor([0.729, 0.81, 0.9, 1.0]))
     assert torch.allclose(agent.clips[[0, -1]], torch.tensor([0.001, 0.01])) and (agent.clips.diff() > 0).all()
     assert (agent.clips.diff().diff() > 0).all()             # exponentially
@@ -232,7 +232,7 @@ def test_the_ratios_are_1_before_the_first_update_and_not_after_it(name, monkeyp
     assert first.abs().max() < 1e-6 < second.abs().max() and agent.kl > 1e-4
     standard = (batch.advantage - batch.advantage.mean()) / batch.advantage.std(correction=0)
     assert torch.allclose(advantage, standard[:, None] * agent.weights if name == "dppo" else standard, atol=1e-4)
-    assert clip is agent.clips if name == "dppo" else clip == agent.args.clip
+    assert clip is agent.clips if name == "dppo" else clip == agent.args.ratio_clip
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -408,7 +408,7 @@ def clone(policy, steps=300):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_solves_the_toy(name):
-    agent = make(name, num_envs=32, rollout_chunks=4, clip=0.3, target_kl=10.0, warmup_steps=300)
+    agent = make(name, num_envs=32, rollout_chunks=4, ratio_clip=0.3, target_kl=10.0, warmup_steps=300)
     clone(agent.policy)
 
     def success():
@@ -459,6 +459,16 @@ def test_a_run_is_logged_evaluated_and_compared_like_the_others(start_of_runs, t
     assert rows[0]["warmup"] == "1" and rows[-1]["warmup"] == "0"
     dppo.main(["--eval", "runs/lift-dppo-s0"])
     assert "acting from the policy: success" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+def test_no_preset_hands_pocos_clip_to_ppo(name, preset):
+    """It is a threshold on another quantity, and 60 times as wide."""
+    for task in sorted(set(envs.TASKS) - {"toy"}):
+        args = train_offline.preset_defaults(METHODS[name][0].Args, task, preset)
+        assert args.ratio_clip == 0.01 and not hasattr(args, "clip")
+    assert args.num_envs == {"cpu": 5, "paper": 20}[preset]
 
 
 @pytest.mark.parametrize("name", METHODS)
