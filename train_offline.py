@@ -106,7 +106,8 @@ def resolve_preset(preset):
 POSITIVE = ("horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate", "episode_limit",
             "demo_episodes", "eval_episodes", "workers", "num_candidates", "heads", "discount", "tau", "policy_tau",
             "online_learning_rate", "capacity", "updates_per_step", "log_every", "save_every", "eval_every",
-            "final_episodes")
+            "final_episodes", "num_envs", "rollout_chunks", "epochs", "policy_learning_rate", "ratio_clip", "target_kl",
+            "noise_std", "min_std", "max_std")
 
 
 def validate(args):

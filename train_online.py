@@ -133,9 +133,9 @@ def make_critic(args, policy):
     return critic, copy.deepcopy(critic).requires_grad_(False)
 
 
-def adam(parameters, args):
+def adam(parameters, args, rate=None):
     parameters = list(parameters)
-    return torch.optim.Adam(parameters, lr=args.online_learning_rate, fused=parameters[0].device.type != "mps")
+    return torch.optim.Adam(parameters, lr=rate or args.online_learning_rate, fused=parameters[0].device.type != "mps")
 
 
 def autocast(args, device):
@@ -149,6 +149,7 @@ def minimise(loss, optimizer):
 
 
 # ---- the loop: any agent with acting, modes, collects, draw, update, stats and state_dict ----------------------------
+# (on-policy methods bring another world than Interaction: baselines/ppo.py)
 
 PHASES = ("env", "act", "critic", "e_step", "m_step", "eval")
 COLUMNS = ("warmup", "success", "episodes", "updates", "env_steps_per_s", "updates_per_s")
@@ -195,8 +196,13 @@ class Interaction:
                 self.recent = [*self.recent[-19:], float(move.success)]
                 self.runner.reset(self._episode_seed())
 
-    def batch(self):
-        return self.draw(self.replay, self.args.batch_size, self.batch_rng)
+    def warmup(self):
+        """Whether what comes next is still learnt from with a frozen actor."""
+        return self.steps < self.args.warmup_steps
+
+    def batches(self):
+        """What the agent learns from after this step."""
+        return (self.draw(self.replay, self.args.batch_size, self.batch_rng) for _ in range(self.args.updates_per_step))
 
     def success(self):
         """Share of the last 20 episodes, None before the first has ended."""
@@ -221,9 +227,9 @@ class Interaction:
         torch.set_rng_state(state["torch_rng"])
 
 
-def train(args, agent, data, clock, book, state=None):
+def train(args, agent, data, clock, book, state=None, world_class=Interaction):
     """Interact, learn, log, evaluate and save until online_steps. Returns False if the user interrupted."""
-    world, report = Interaction(args, agent, clock, len(data["obs"])), Report(args, book, clock)
+    world, report = world_class(args, agent, clock, len(data["obs"])), Report(args, book, clock)
     if state is None:
         world.start(data)
     else:
@@ -235,11 +241,11 @@ def train(args, agent, data, clock, book, state=None):
             evaluate(args, agent, evaluator, args.final_episodes, 0, book, bar)
         clock.split()
         while world.steps < args.online_steps:
-            warmup = world.steps < args.warmup_steps
+            warmup = world.warmup()
             try:
                 world.step()
-                for _ in range(args.updates_per_step):
-                    report.add(agent.update(world.batch(), warmup))
+                for batch in world.batches():
+                    report.add(agent.update(batch, warmup))
             except ValueError as error:                       # a non-finite action, transition or Q
                 raise UserError(f"stopped at step {world.steps}: {error}. {book.folder}/last.pt is the last good "
                                 "checkpoint") from error
@@ -270,6 +276,7 @@ class Report:
     def __init__(self, args, book, clock):
         self.args, self.book, self.clock = args, book, clock
         self.sums, self.updates, self.best, self.seconds = {}, 0, -1.0, dict.fromkeys(PHASES, 0.0)
+        self.written = 0                      # updates before the interval
 
     def add(self, stats):
         self.updates += 1
@@ -281,11 +288,11 @@ class Report:
         """A row of progress.csv."""
         means, self.sums = {name: float(total) / count for name, (total, count) in self.sums.items()}, {}
         seconds = self._split()
-        busy, steps = sum(seconds.values()), self.args.log_every
+        busy, updates = sum(seconds.values()), self.updates - self.written
         self.book.log(world.steps, warmup=int(warmup), success=world.success(), episodes=world.episodes,
-                      updates=self.updates, env_steps_per_s=steps / busy,
-                      updates_per_s=steps * self.args.updates_per_step / busy, **means,
-                      **{f"time/{name}": value for name, value in seconds.items()})
+                      updates=self.updates, env_steps_per_s=self.args.log_every / busy, updates_per_s=updates / busy,
+                      **means, **{f"time/{name}": value for name, value in seconds.items()})
+        self.written = self.updates
 
     def time_split(self):
         self._split()
@@ -303,6 +310,7 @@ class Report:
     def load_state_dict(self, state):
         for name in ("sums", "updates", "best", "seconds"):
             setattr(self, name, state[name])
+        self.written = self.updates
 
 
 def save(book, name, agent, world, report):
@@ -353,7 +361,7 @@ def load_policy(args, device, data):
     return policy
 
 
-def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy):
+def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy, world_class=Interaction):
     args = parse(args_class, argv)
     device, clock = setup(args), Clock()
     name = getattr(args, "variant", agent_class.name)         # a file may hold a method's variants
@@ -376,7 +384,7 @@ def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy):
         book = Logbook.create(folder, stored, columns, overwrite=args.overwrite)
     torch.manual_seed(args.seed)          # the same whether stage I ran just now or its checkpoint was loaded
     agent = agent_class(args, policy, clock)
-    if train(args, agent, data, clock, book, state):
+    if train(args, agent, data, clock, book, state, world_class):
         print(f"done: {curve(book.folder)}")
         if args.video:
             video(args, agent.acting(agent.modes[0]), book.folder)

@@ -31,6 +31,8 @@ METHODS = {
     "rlpd": ("baselines.rlpd", ["--variant", "rlpd"], "policy"),
     "dsrl-na": ("baselines.dsrl", ["--variant", "dsrl-na"], "policy"),
     "dsrl-sac": ("baselines.dsrl", ["--variant", "dsrl-sac"], "policy"),
+    "dppo": ("baselines.dppo", [], "policy"),
+    "reinflow": ("baselines.reinflow", [], "policy"),
 }
 SHARED = ("preset", "setting", "data", "demo_episodes", "hidden", "layers", "flow_steps", "batch_size",
           "pretrain_steps", "episode_limit", "reward_offset", "discount", "pessimism", "tau", "capacity", "warmup_steps", "online_steps",
