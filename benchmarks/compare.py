@@ -1,12 +1,15 @@
 """Methods compared like with like: same demonstrations, same stage-I policy, same evaluation episodes, several seeds.
 
     python -m benchmarks.compare --task lift --methods poco,qc,qc-fql,rlpd-ac,dsrl-na --seeds 3
-    python -m benchmarks.compare --task lift --methods "poco,poco --clip inf,poco --clip 0"     # an ablation
+    python -m benchmarks.compare --task lift --methods "poco,poco --clip inf,poco --act posterior"   # POCO's variants
+    python -m benchmarks.compare --task lift --ablation clip --seeds 3     # also guidance, candidates, temperature
     python -m benchmarks.compare --task lift --methods poco,qc --seeds 3 --online-steps 6000    # flags for every run
 
 Runs go to runs/<task>-<method>-s<seed>/ and start from runs/<task>-bc-s<seed>, trained if missing. A finished run is
 skipped and an interrupted one continued, so the same command picks up where it stopped, adds seeds and adds methods.
-Writes --out (default runs/compare-<task>).csv, .md (the table), .png (environment steps on x) and -time.png (seconds).
+An ablation is POCO with several values of one argument; 'poco' among them is the one with the preset's own value.
+Writes --out (default runs/compare-<task>, runs/<ablation>-<task>).csv, .md (the table), .png (environment steps on x)
+and -time.png (seconds).
 Cost on two cores, preset cpu: 5 to 10 minutes a run. Not here: behaviour cloning as a run (it is step 0 of the others).
 """
 import argparse
@@ -17,8 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+import train_online
 from logbook import UserError, cli, read_args
 from logbook.figure import PALETTE, read_run
+from train_offline import parse as parse_run
 
 # method: (module, its flags, the way of acting that it delivers)
 METHODS = {
@@ -33,10 +38,21 @@ METHODS = {
     "dsrl-sac": ("baselines.dsrl", ["--variant", "dsrl-sac"], "policy"),
     "dppo": ("baselines.dppo", [], "policy"),
     "reinflow": ("baselines.reinflow", [], "policy"),
+    "ogpo": ("baselines.ogpo", ["--variant", "ogpo"], "policy"),
+    "ogpo-plus": ("baselines.ogpo", ["--variant", "ogpo-plus"], "policy"),
+    "ogpo-ca": ("baselines.ogpo", ["--variant", "ogpo-ca"], "policy"),
+}
+ABLATIONS = {                                 # of POCO's arguments: the paper's Figs. 9 and 10, and two more
+    "clip": ("clip", (0.0, 0.15, 0.3, 0.6, float("inf"))),
+    "guidance": ("guidance", (0.0, 0.1, 1.0, 3.0, 10.0)),
+    "candidates": ("num_candidates", (4, 16, 64)),
+    "temperature": ("temperature", (0.0001, 0.001, 0.01, 0.1, 1.0)),
 }
 SHARED = ("preset", "setting", "data", "demo_episodes", "hidden", "layers", "flow_steps", "batch_size",
-          "pretrain_steps", "episode_limit", "reward_offset", "discount", "pessimism", "tau", "capacity", "warmup_steps", "online_steps",
-          "updates_per_step", "online_learning_rate", "eval_every", "eval_episodes", "final_episodes")
+          "pretrain_steps", "episode_limit", "reward_offset", "discount", "pessimism", "tau", "capacity", "warmup_steps",
+          "online_steps", "updates_per_step", "online_learning_rate", "eval_every", "eval_episodes", "final_episodes")
+POCO = ("act", "num_candidates", "temperature", "guidance", "clip", "heads", "tau", "policy_tau",
+        "pessimism")                          # in an ablation
 COLUMNS = ("method", "acting", "seed", "step", "successes", "episodes", "seconds")
 
 
@@ -46,16 +62,35 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--task", default="lift")
-    parser.add_argument("--methods", default="poco,qc", help=f"of {', '.join(METHODS)}; each may carry its own flags")
+    parser.add_argument("--methods", help=f"of {', '.join(METHODS)}; each may carry its own flags; default poco,qc")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="instead of --methods: POCO with values of this argument")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--out", help="where the results go, without an ending; default runs/compare-<task>")
+    parser.add_argument("--out", help="where the results go, without an ending; default runs/compare-<task>, or "
+                        "runs/<ablation>-<task>")
     args, flags = parser.parse_known_args(argv)
-    args.methods = [" ".join(method.split()) for method in args.methods.split(",")]
+    args.title = args.task
+    if args.ablation:
+        if args.methods:
+            raise UserError("--ablation chooses the methods itself: leave --methods out")
+        methods, own = ablation(args.ablation, args.task, flags)
+        args.methods, args.title = ",".join(methods), f"{args.task}, {args.ablation} (poco: {own:g})"
+    args.out = args.out or f"runs/{args.ablation or 'compare'}-{args.task}"
+    args.methods = [" ".join(method.split()) for method in (args.methods or "poco,qc").split(",")]
     unknown = {method.split()[0] if method else "" for method in args.methods} - set(METHODS)
     if unknown:
         raise UserError(f"unknown method {', '.join(sorted(unknown))!r}; methods: {', '.join(METHODS)}")
     return args, flags
+
+
+def ablation(name, task, flags):
+    """POCO with each value, in order, and the preset's own value, which needs no flag and so no run of its own."""
+    field, values = ABLATIONS[name]
+    flag = f"--{field.replace('_', '-')}"
+    if any(one.split("=")[0].replace("_", "-") == flag for one in flags):
+        raise UserError(f"--ablation {name} sets {flag} itself: leave it out")
+    own = getattr(parse_run(train_online.Args, ["--task", task, *flags]), field)
+    return ["poco" if value == own else f"poco {flag} {value:g}" for value in sorted({*values, own})], own
 
 
 def folder_of(task, method, seed):
@@ -86,10 +121,10 @@ def run(task, method, seed, flags):
     return finished(folder)
 
 
-def refuse_unlike(folders, methods):
+def refuse_unlike(folders, methods, names=SHARED):
     """Comparing runs of different settings is the mistake this file exists to prevent."""
     own = {flag.lstrip("-").replace("-", "_") for method in methods for flag in method.split()[1:]}
-    for name in sorted(set(SHARED) - own):
+    for name in sorted(set(names) - own):
         found = {_setting(folder, name): folder for folder in folders}
         if len(found) > 1:
             raise UserError(f"the runs differ in {name}: " + ", ".join(f"{value} in {folder}" for value, folder in
@@ -163,7 +198,7 @@ def table(rows, methods):
     return "\n".join(lines)
 
 
-def figure(rows, methods, task, path, time):
+def figure(rows, methods, title, path, time):
     """Mean over seeds and its bootstrap interval, of the way of acting that each method delivers."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -177,7 +212,7 @@ def figure(rows, methods, task, path, time):
                   linewidth=1.6, label=method)
         axes.fill_between(x, *(100 * interval(success)), color=color, alpha=0.15, linewidth=0)
     seeds = len({row["seed"] for row in rows})
-    axes.set(title=f"{task}: mean of {seeds} seeds, 95 % bootstrap interval", ylabel="success (%)", ylim=(-3, 103),
+    axes.set(title=f"{title}: mean of {seeds} seeds, 95 % bootstrap interval", ylabel="success (%)", ylim=(-3, 103),
              xlabel="minutes of stage II, evaluation not counted" if time else "environment steps")
     if not time:
         axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
@@ -194,9 +229,9 @@ def main(argv=None):
         if not run(args.task, method, seed, flags):
             print("interrupted; the same command continues")
             return
-    refuse_unlike([folder_of(args.task, *job) for job in jobs], args.methods)
+    refuse_unlike([folder_of(args.task, *job) for job in jobs], args.methods, SHARED + POCO * bool(args.ablation))
     rows = [row for job in jobs for row in rows_of(args.task, *job)]
-    out = args.out or f"runs/compare-{args.task}"
+    out = args.out
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -204,8 +239,8 @@ def main(argv=None):
         writer.writerows(rows)
     text = table(rows, args.methods)
     Path(f"{out}.md").write_text(text + "\n")
-    figure(rows, args.methods, args.task, f"{out}.png", time=False)
-    figure(rows, args.methods, args.task, f"{out}-time.png", time=True)
+    figure(rows, args.methods, args.title, f"{out}.png", time=False)
+    figure(rows, args.methods, args.title, f"{out}-time.png", time=True)
     print(f"{text}\n{out}.csv, .md, .png, -time.png")
 
 

@@ -1,9 +1,11 @@
 """The comparison of methods: what it computes from runs, what it skips, and what it refuses to compare."""
 import csv
+import importlib
 
 import numpy as np
 import pytest
 
+import train_offline
 import train_online
 from benchmarks import compare
 from logbook import Logbook, UserError
@@ -96,3 +98,76 @@ def test_runs_of_different_settings_are_not_compared_unless_that_is_what_is_comp
     with pytest.raises(UserError, match="sac.*poco"):
         compare.main(["--methods", "sac"])
     assert read_run(folders[0])[1]["policy"][0.0] == (1, 4)
+
+
+@pytest.mark.parametrize("name", compare.ABLATIONS)
+def test_an_ablation_holds_the_presets_own_value_once_as_plain_poco(name):
+    """Whatever task and preset: values in order, each once, and the flag is one that POCO takes."""
+    for flags in (["--preset", "cpu"], ["--preset", "paper"], ["--preset", "paper", "--setting", "online"]):
+        for task in ("lift", "square", "cube-triple"):
+            methods, own = compare.ablation(name, task, flags)
+            field = compare.ABLATIONS[name][0]
+            settings = train_offline.parse(train_online.Args, ["--task", task, *flags])
+            assert methods.count("poco") == 1 and own == getattr(settings, field) and len(set(methods)) == len(methods)
+            values = []
+            for _, *own_flags in (method.split() for method in methods):
+                one = train_offline.parse(train_online.Args, ["--task", task, *flags, *own_flags])
+                values.append(getattr(one, field))
+                changed = {key for key, value in vars(one).items() if value != getattr(settings, key)}
+                assert changed == ({field} if own_flags else set())
+            assert values == sorted({*compare.ABLATIONS[name][1], own})
+
+
+def test_ablations_of_lift_reuse_the_presets_run_and_cover_behaviour_cloning_and_no_clip():
+    methods, own = compare.ablation("clip", "lift", ["--preset", "cpu"])
+    assert own == 0.6
+    assert methods == ["poco --clip 0", "poco --clip 0.15", "poco --clip 0.3", "poco", "poco --clip inf"]
+    assert compare.ablation("clip", "square", ["--preset", "paper"])[0][1] == "poco"                 # 0.08, not listed
+    assert compare.ablation("guidance", "lift", ["--preset", "cpu"])[0][0] == "poco --guidance 0"
+    assert compare.ablation("candidates", "lift", ["--preset", "cpu"])[0][1:] == ["poco", "poco --num-candidates 64"]
+
+
+def test_an_ablation_runs_each_value_titles_its_figure_and_writes_its_own_files(monkeypatch):
+    calls, titles = [], []
+    cells = {"--clip 0": 0.0, "--clip 0.15": 0.15, "--clip 0.3": 0.3, "": 0.6, "--clip inf": float("inf")}
+
+    def main(argv):
+        calls.append(argv)
+        own = " ".join(argv[argv.index("--clip"):][:2]) if "--clip" in argv else ""
+        fake_run(f"poco {own}".strip(), 0, clip=cells[own])
+    monkeypatch.setattr(train_online, "main", main)
+    plot = compare.figure
+    monkeypatch.setattr(compare, "figure", lambda *args, **kwargs: titles.append(args[2]) or plot(*args, **kwargs))
+    command = ["--ablation", "clip", "--seeds", "1", "--preset", "cpu", "--heads", "3"]
+    compare.main(command)
+    assert [argv[argv.index("--run-dir") + 1] for argv in calls] == [
+        "runs/lift-poco_clip_0-s0", "runs/lift-poco_clip_0.15-s0", "runs/lift-poco_clip_0.3-s0", "runs/lift-poco-s0",
+        "runs/lift-poco_clip_inf-s0"]
+    assert all(" ".join(argv).count("--heads 3") == 1 for argv in calls) and titles == ["lift, clip (poco: 0.6)"] * 2
+    assert {path.name for path in compare.Path("runs").glob("clip-lift*")} == {
+        "clip-lift.csv", "clip-lift.md", "clip-lift.png", "clip-lift-time.png"}
+    compare.main(command)
+    assert len(calls) == 5                                     # all finished
+
+
+def test_an_ablation_refuses_methods_its_own_flag_and_runs_that_differ_in_another_setting():
+    for argv, message in ((["--methods", "poco"], "leave --methods out"), (["--clip", "1"], "--clip itself"),
+                          (["--clip=1"], "--clip itself")):
+        with pytest.raises(UserError, match=message):
+            compare.main(["--ablation", "clip", *argv])
+    with pytest.raises(UserError, match="--num-candidates itself"):
+        compare.main(["--ablation", "candidates", "--num_candidates", "8"])
+    fake_run("poco", 0, temperature=0.01)
+    for own in ("0", "0.15", "0.3", "inf"):
+        fake_run(f"poco --clip {own}", 0, temperature=0.1 if own == "inf" else 0.01)
+    with pytest.raises(UserError, match="temperature.*clip_inf"):
+        compare.main(["--ablation", "clip", "--seeds", "1", "--preset", "cpu"])
+
+
+@pytest.mark.parametrize("name", compare.METHODS)
+def test_every_method_names_a_script_that_takes_its_flags_and_delivers_its_way_of_acting(name):
+    module, flags, acting = compare.METHODS[name]
+    module = importlib.import_module(module)
+    args = train_offline.parse(module.Args, ["--task", "lift", "--preset", "cpu", *flags])
+    agents = [value for value in vars(module).values() if isinstance(value, type) and hasattr(value, "modes")]
+    assert any(acting in agent.modes for agent in agents) and getattr(args, "variant", name) in (name, "poco")
