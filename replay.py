@@ -38,14 +38,16 @@ FIELDS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
 class ChunkReplay:
     """Ring buffer behind a block of demonstrations that is never overwritten.
 
-    capacity counts transitions, demonstrations included. Everything is float32 on `device`.
+    capacity counts transitions, demonstrations included. Everything is float32 on `device`. demo_share is the share of
+    every batch that comes from the demonstrations; None draws uniformly from all (paper).
     """
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, horizon: int, discount: float,
-                 device: str | torch.device = "cpu"):
+                 device: str | torch.device = "cpu", demo_share: float | None = None):
         if capacity < horizon:
             raise ValueError(f"capacity {capacity} cannot hold one chunk of {horizon} steps")
         self.capacity, self.horizon, self.discount, self.device = capacity, horizon, discount, torch.device(device)
+        self.demo_share = demo_share
         widths = {"obs": (obs_dim,), "action": (action_dim,), "next_obs": (obs_dim,)}
         self.data = {name: torch.zeros(capacity, *widths.get(name, ()), device=self.device) for name in FIELDS}
         self.demos = 0        # [0, demos) holds demonstrations, [demos, capacity) is the ring
@@ -101,12 +103,22 @@ class ChunkReplay:
         self.demos += count
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Batch:
-        """Chunks with start points uniform over all stored steps; generator lives on the buffer's device."""
-        starts = self.demos + self.online - min(self.tail, self.horizon - 1)      # an open tail is not complete yet
-        if starts <= 0:
+        """Chunks with start points uniform over all stored steps, or over each part where demo_share divides the batch.
+
+        generator lives on the buffer's device.
+        """
+        experience = self.online - min(self.tail, self.horizon - 1)               # an open tail is not complete yet
+        if self.demos + experience <= 0:
             raise ValueError("nothing to sample: the replay holds no complete chunk")
-        start = torch.randint(starts, (batch_size,), generator=generator, device=self.device)
-        return self.chunks(start)
+
+        def starts(first, end, count):
+            return torch.randint(first, end, (count,), generator=generator, device=self.device)
+
+        end = self.demos + experience
+        if self.demo_share is None or self.demos == 0 or experience <= 0:
+            return self.chunks(starts(0, end, batch_size))
+        old = round(self.demo_share * batch_size)
+        return self.chunks(torch.cat([starts(0, self.demos, old), starts(self.demos, end, batch_size - old)]))
 
     def chunks(self, start: Tensor) -> Batch:
         """The chunks that begin at these positions, counted from the oldest stored transition; start (B,)."""

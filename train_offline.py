@@ -115,9 +115,12 @@ def validate(args):
     for name in POSITIVE:
         if not getattr(args, name, 1) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
-    for name, least in (("temperature", 1e-6), ("clip", 0.0), ("guidance", 0.0)):
+    for name, least in (("temperature", 1e-6), ("clip", 0.0), ("guidance", 0.0), ("pessimism", 0.0)):
         if not getattr(args, name, 1.0) >= least:
             raise UserError(f"--{name} must be at least {least:g}, got {getattr(args, name)}")
+    share = getattr(args, "demo_share", None)
+    if share is not None and not 0 <= share <= 1:
+        raise UserError(f"--demo-share is between 0 and 1, got {share}")
 
 
 def keep_memory():

@@ -43,6 +43,7 @@ class LoopArgs(OfflineArgs):
     warmup_steps: int = 5000          # first steps with a frozen actor: only the critic learns
     online_steps: int = 500_000       # environment steps in total, warm-up included
     updates_per_step: int = 1         # gradient updates per environment step
+    demo_share: float | None = None   # share of every batch from the demonstrations; None: uniform over all (paper)
     capacity: int = 1_000_000         # online transitions kept beside the demonstrations; the oldest go first
     eval_every: int = 10_000          # environment steps between evaluations
     final_episodes: int = 100         # episodes of the last evaluation
@@ -68,7 +69,7 @@ class POCO:
     stats = ("q_mean", "q_min", "q_max", "q_spread", "ess", "kl", "clip_frac", "alive_mass", "bc", "surrogate",
              "critic", "q_data", "target")
     modes = ("policy", "posterior")       # ways of acting to evaluate, that of the delivered policy first
-    draw = staticmethod(ChunkReplay.sample)       # batches: uniform over demonstrations and experience
+    draw = staticmethod(ChunkReplay.sample)       # batches
 
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock = args, policy, clock
@@ -149,7 +150,6 @@ def minimise(loss, optimizer):
 
 
 # ---- the loop: any agent with acting, modes, collects, draw, update, stats and state_dict ----------------------------
-# (on-policy methods bring another world than Interaction: baselines/ppo.py)
 
 PHASES = ("env", "act", "critic", "e_step", "m_step", "eval")
 COLUMNS = ("warmup", "success", "episodes", "updates", "env_steps_per_s", "updates_per_s")
@@ -166,7 +166,7 @@ class Interaction:
         self.args, self.clock, task = args, clock, envs.TASKS[args.task]
         self.draw, self.observe = agent.draw, getattr(agent, "observe", lambda move: None)
         self.replay = ChunkReplay(demo_steps + args.capacity, task.obs_dim, task.action_dim, args.horizon,
-                                  args.discount, agent.device)
+                                  args.discount, agent.device, args.demo_share)
         self.act_rng, self.episode_rng = np.random.default_rng([args.seed, 1]), np.random.default_rng([args.seed, 2])
         self.batch_rng = torch.Generator(agent.device).manual_seed(args.seed + 1)
         acting = agent.acting(agent.collects)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import train_online
 from chunk_critic import critic_loss, ema_update, td_target
 from logbook import cli
-from replay import Batch
+from replay import ChunkReplay
 from train_offline import make_policy
 from train_online import LoopArgs, adam, make_critic, minimise
 from .fql import frozen
@@ -36,6 +36,7 @@ from .fql import frozen
 class Args(LoopArgs):
     variant: Literal["rlpd-ac", "rlpd"] = "rlpd-ac"  # rlpd: horizon 1
     heads: int = 10                   # critic heads
+    demo_share: float | None = 0.5    # half of every batch from the demonstrations
     subset: int = 0                   # the target is the minimum of this many random heads; 0: the mean of all
     entropy_backup: bool = False      # the target counts the next chunk's entropy
     init_temperature: float = 0.01    # alpha at the start (ours)
@@ -95,22 +96,11 @@ class Gaussian(nn.Module):
         return policy(torch.as_tensor(obs, device=device), torch.as_tensor(noise, device=device))[0][0].cpu().numpy()
 
 
-def half_and_half(replay, batch_size, generator=None) -> Batch:
-    """Half of the chunks from the demonstrations, half from experience (RLPD, Sec. 4.1); all from what there is."""
-    experience = replay.online - min(replay.tail, replay.horizon - 1)      # start points of complete chunks
-    own = batch_size // 2 if experience > 0 and replay.demos > 0 else 0 if replay.demos > 0 else batch_size
-
-    def starts(count, first, n):
-        return first + torch.randint(max(n, 1), (count,), generator=generator, device=replay.device)
-
-    return replay.chunks(torch.cat([starts(batch_size - own, 0, replay.demos), starts(own, replay.demos, experience)]))
-
-
 class RLPD:
     name = "rlpd-ac"
     stats = ("q_actor", "entropy", "alpha", "critic", "q_data", "target")
     modes, collects = ("policy",), "policy"
-    draw = staticmethod(half_and_half)
+    draw = staticmethod(ChunkReplay.sample)       # half and half: RLPD, Sec. 4.1
 
     def __init__(self, args, policy, clock):
         self.name, self.args, self.clock, self.device = args.variant, args, clock, policy.obs_mean.device

@@ -297,8 +297,8 @@ def test_rlpds_log_density_is_that_of_torch_distributions():
 
 
 def filled_replay(demos, online):
-    """Demonstrations have observation 0, experience has 1; no episode ends in it."""
-    replay = ChunkReplay(500, OBS, ACTION, HORIZON, 0.99)
+    """Demonstrations have observation 0, experience has 1; no episode ends in it. RLPD's share of each."""
+    replay = ChunkReplay(500, OBS, ACTION, HORIZON, 0.99, demo_share=rlpd.Args().demo_share)
 
     def rows(n, value):
         return dict(obs=np.full((n, OBS), value), action=np.zeros((n, ACTION)), reward=np.zeros(n),
@@ -315,11 +315,11 @@ def filled_replay(demos, online):
 def test_rlpds_batches_are_half_demonstrations_half_experience(demos, online, share):
     """Whatever their numbers; as long as no own chunk is complete, all come from the demonstrations."""
     replay, generator = filled_replay(demos, online), torch.Generator().manual_seed(0)
-    batch = rlpd.half_and_half(replay, 64, generator)
+    batch = rlpd.RLPD.draw(replay, 64, generator)
     assert len(batch.obs) == 64 and batch.obs[:, 0].mean() == share
     if online > HORIZON:
-        assert {row.item() for row in rlpd.half_and_half(replay, 4000, generator).valid.sum(1)} <= {1.0, 2.0, 3.0}
-        own = rlpd.half_and_half(replay, 4000, generator)
+        assert {row.item() for row in rlpd.RLPD.draw(replay, 4000, generator).valid.sum(1)} <= {1.0, 2.0, 3.0}
+        own = rlpd.RLPD.draw(replay, 4000, generator)
         assert (own.valid[own.obs[:, 0] == 1].sum(1) == HORIZON).all()           # the open tail is never sampled
 
 

@@ -245,3 +245,19 @@ def test_a_state_of_another_size_is_refused():
         ChunkReplay(11, 2, 3, 2, DISCOUNT).load_state_dict(state)
     with pytest.raises(ValueError, match="'action' has shape"):
         ChunkReplay(10, 2, 4, 2, DISCOUNT).load_state_dict(state)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 60), st.integers(4, 60), st.integers(1, 40), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_a_share_of_every_batch_comes_from_the_demonstrations(demos, online, batch_size, share):
+    """Exactly, however many there are of either; uniform within each part; the rest is experience."""
+    replay = ChunkReplay(200, 1, 1, 4, 1.0, demo_share=share)
+    rows = np.zeros((demos, 1))
+    replay.extend(dict(obs=rows, action=rows, reward=rows[:, 0], next_obs=rows, terminated=rows[:, 0],
+                       truncated=rows[:, 0]))
+    for step in range(online):
+        replay.add([1.0 + step], [0.0], 0.0, [0.0], False, False)
+    old = (replay.sample(batch_size, torch.Generator().manual_seed(0)).obs == 0).sum()
+    assert old == round(share * batch_size)
+    seen = {row.item() for row in replay.sample(4000, torch.Generator().manual_seed(1)).obs.squeeze(1)}
+    assert seen == {0.0} if share == 1 else seen - {0.0} == {1.0 + step for step in range(online - 3)}
