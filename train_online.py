@@ -20,7 +20,8 @@ import torch
 
 import envs
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
-from logbook import Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint
+from logbook import (Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint,
+                     refuse_nonfinite)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
 from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstrations, environment, make_policy, parse,
@@ -315,7 +316,8 @@ class Report:
 
 def save(book, name, agent, world, report):
     state = {"agent": agent.state_dict(), "world": world.state_dict(), "report": report.state_dict()}
-    refuse_nonfinite(state["agent"], world.steps, book)
+    refuse_nonfinite(state["agent"], "agent", f"before step {world.steps}; {book.folder}/last.pt is the last good "
+                     "checkpoint. Lower --online-learning-rate, or check the demonstrations")
     book.save(name, state)
 
 
@@ -329,16 +331,6 @@ def evaluate(args, agent, evaluator, episodes, step, book, bar):
         bar.write(f"step {step}, acting from the {mode}: success {result}")
         rates[mode] = result.success_rate
     return rates[modes[0]]
-
-
-def refuse_nonfinite(state, step, book, where="agent"):
-    """Diverged networks must not overwrite the last good checkpoint."""
-    if isinstance(state, dict):
-        for name, value in state.items():
-            refuse_nonfinite(value, step, book, f"{where}.{name}")
-    elif isinstance(state, torch.Tensor) and state.is_floating_point() and not torch.isfinite(state).all():
-        raise UserError(f"{where} became non-finite before step {step}; {book.folder}/last.pt is the last good "
-                        "checkpoint. Lower --online-learning-rate, or check the demonstrations")
 
 
 def load_policy(args, device, data):

@@ -50,7 +50,8 @@ ABLATIONS = {                                 # of POCO's arguments: the paper's
 }
 SHARED = ("preset", "setting", "data", "demo_episodes", "hidden", "layers", "flow_steps", "batch_size",
           "pretrain_steps", "episode_limit", "reward_offset", "discount", "pessimism", "tau", "capacity",
-          "warmup_steps", "online_steps", "updates_per_step", "online_learning_rate", "eval_every", "eval_episodes", "final_episodes")
+          "warmup_steps", "online_steps", "updates_per_step", "online_learning_rate", "eval_every", "eval_episodes",
+          "final_episodes")
 POCO = ("act", "num_candidates", "temperature", "guidance", "clip", "heads", "tau", "policy_tau",
         "pessimism")                          # in an ablation
 COLUMNS = ("method", "acting", "seed", "step", "successes", "episodes", "seconds")

@@ -116,6 +116,15 @@ def save_checkpoint(path, state):
         raise UserError(f"cannot save {path}: {_reason(error)}; {kept}") from error
 
 
+def refuse_nonfinite(state, where, advice):
+    """Raise a UserError that names the first tensor of nested dicts with a non-finite value: not to be saved."""
+    if isinstance(state, dict):
+        for name, value in state.items():
+            refuse_nonfinite(value, f"{where}.{name}", advice)
+    elif isinstance(state, torch.Tensor) and state.is_floating_point() and not torch.isfinite(state).all():
+        raise UserError(f"{where} became non-finite {advice}")
+
+
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint. Generator states belong on the CPU: load there, load_state_dict moves the rest."""
     torch.empty(0, device=device)                     # a missing GPU is not the file's fault
