@@ -107,7 +107,7 @@ POSITIVE = ("horizon", "hidden", "layers", "flow_steps", "batch_size", "learning
             "demo_episodes", "eval_episodes", "workers", "num_candidates", "heads", "discount", "tau", "policy_tau",
             "online_learning_rate", "capacity", "updates_per_step", "log_every", "save_every", "eval_every",
             "final_episodes", "num_envs", "rollout_chunks", "epochs", "policy_learning_rate", "ratio_clip", "target_kl",
-            "noise_std", "min_std", "max_std")
+            "noise_std", "min_std", "max_std", "value_hidden", "value_layers")
 
 
 def validate(args):

@@ -39,7 +39,7 @@ class DPPO:
 
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock, self.device = args, policy, clock, policy.obs_mean.device
-        self.value = ppo.Value(policy, args.hidden, args.layers)
+        self.value = ppo.Value(policy, args.value_hidden, args.value_layers)
         self.actor_optimizer = adam(policy.head_parameters(), args, args.policy_learning_rate)
         self.value_optimizer = adam(self.value.parameters(), args)
         self.kl = 0.0

@@ -59,7 +59,7 @@ class ReinFlow:
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock, self.device = args, policy, clock, policy.obs_mean.device
         self.log_std = NoiseNet(policy, args.min_std, args.max_std)
-        self.value = ppo.Value(policy, args.hidden, args.layers)
+        self.value = ppo.Value(policy, args.value_hidden, args.value_layers)
         trained = [*policy.head_parameters(), *self.log_std.parameters()]
         self.actor_optimizer = adam(trained, args, args.policy_learning_rate)
         self.value_optimizer = adam(self.value.parameters(), args)
