@@ -15,7 +15,8 @@ import torch
 import demos
 import train_offline
 import train_online
-from logbook import UserError, load_checkpoint
+from logbook import Clock, UserError, load_checkpoint
+from replay import Batch
 
 ROOT = Path(__file__).parent.parent
 TOY = ("--preset cpu --hidden 32 --layers 2 --batch-size 16 --flow-steps 2 --episode-limit 25 --workers 1 --device cpu "
@@ -176,6 +177,20 @@ def test_acting_from_the_posterior_takes_the_candidate_the_critic_prefers():
     assert chosen[0, 0] == candidates[:, 0, 0].max() and chosen.shape == (5, 7)
 
 
+def test_pessimism_counts_in_the_target_the_weights_and_the_acting():
+    """With two heads and pessimism 1 all three take the lower head."""
+    args = train_online.Args(hidden=8, layers=1, flow_steps=2, num_candidates=4, pessimism=1.0, precision="float32")
+    torch.manual_seed(0)
+    agent = train_online.POCO(args, train_offline.make_policy(args, torch.device("cpu")), Clock())
+    obs, chunks = torch.randn(3, 19), torch.rand(3, 4, 5, 7)
+    torch.testing.assert_close(agent.value(obs, chunks), agent.target(obs, chunks).amin(0))
+    assert agent.acting("posterior").pessimism == 1.0
+    batch = Batch(obs, chunks[:, 0], torch.ones(3, 5), torch.zeros(3), torch.full((3,), 0.9), torch.randn(3, 19))
+    agent.value = lambda obs, chunks: torch.full(chunks.shape[:2], 2.0)
+    stats = agent.update(batch, warmup=False)
+    assert abs(stats["target"] - 1.8) < 1e-6 and stats["q_mean"] == 2.0
+
+
 def test_the_paper_preset_is_tables_2_and_3():
     args = train_offline.preset_defaults(train_online.Args, "lift", "paper")
     table = dict(batch_size=256, learning_rate=3e-4, online_learning_rate=3e-4, discount=0.99, horizon=5,
@@ -229,13 +244,14 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
         "a run is there": ([*start, "--run-dir", str(uninterrupted)], "--overwrite"),
         "unwritable folder": ([*start, "--run-dir", str(tmp_path / "file" / "run")], "file"),
         "temperature 0": ([*start, "--temperature", "0", "--warmup-steps", "0"], "temperature"),
+        "more than a whole batch": ([*start, "--demo-share", "1.5"], "--demo-share is between 0 and 1"),
     }
 
 
 @pytest.mark.parametrize("name", [
     "unknown task", "no such demonstrations", "truncated demonstrations", "foreign demonstrations",
     "no such checkpoint", "another version", "other networks", "another task", "resume nothing", "a run is there",
-    "unwritable folder", "temperature 0"])
+    "unwritable folder", "temperature 0", "more than a whole batch"])
 def test_a_mistake_gets_one_clear_sentence(name, demo_file, stage_one, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv, named = bad_commands(demo_file, stage_one, uninterrupted, tmp_path)[name]
