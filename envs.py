@@ -108,7 +108,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (
     _robosuite_task("can", "PickPlaceCan", 14, 300, "a Panda arm bins a can", _PLACE | {"episode_limit": 200},
                     pretrain_steps=100_000, clip=0.3),
     _robosuite_task("square", "NutAssemblySquare", 14, 400, "a Panda arm puts a nut on its peg",
-                    _PLACE | {"episode_limit": 250}, pretrain_steps=500_000, clip=0.08),
+                    _PLACE | dict(episode_limit=250, pretrain_steps=40_000), pretrain_steps=500_000, clip=0.08),
     _ogbench_task("scene", 40, 750, "a UR5e arm opens a drawer and a window, everything else stays as it is",
                   Goal(((0.35, 0.05, 0.02),), (1, 1), (-0.16, 0.2)), _BINARY, _CPU | dict(episode_limit=300)),
     _ogbench_task("puzzle-3x3", 55, 500, "a UR5e arm solves Lights Out in two presses",
