@@ -101,8 +101,8 @@ _COUNT = dict(pretrain_steps=500_000, temperature=0.1, clip=0.3)
 _HARD = dict(act="posterior", heads=5, pessimism=1.0, tau=0.02, warmup_steps=5000, online_steps=20_000,
              eval_every=5000, capacity=100_000)
 _PLACE = _HARD | dict(demo_episodes=50, pretrain_steps=10_000, online_learning_rate=3e-4)
-_CPU = _HARD | dict(demo_episodes=100, directed=0.5, pretrain_steps=40_000)
-_CPU_COUNT = _CPU | dict(episode_limit=500, pretrain_steps=80_000, reward_offset=0.0, temperature=1.0)
+_CPU = _HARD | dict(demo_episodes=20, directed=True, pretrain_steps=10_000)
+_CPU_COUNT = _CPU | dict(episode_limit=200, reward_offset=0.0, temperature=1.0)
 TASKS: dict[str, Task] = {task.name: task for task in (
     _robosuite_task("lift", "Lift", 10, 300, "a Panda arm lifts a cube 4 cm off the table"),
     _robosuite_task("can", "PickPlaceCan", 14, 300, "a Panda arm bins a can", _PLACE | {"episode_limit": 200},

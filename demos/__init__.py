@@ -25,7 +25,7 @@ _env = None  # one per process
 
 
 # ------------------------------------------------------------------------------------- which file, what is in it
-def made(task, episodes: int, seed: int, directed: float = 0.0) -> Path:
+def made(task, episodes: int, seed: int, directed: bool = False) -> Path:
     """Where demonstrations that are made here are kept and found again."""
     task = envs.get_task(task)
     kind, suffix = ("scripted", "hdf5") if task.suite == "robosuite" else ("directed" if directed else "play", "npz")
@@ -38,7 +38,7 @@ def obtain(task, preset: str, data=None, episodes: int = 20, seed: int = 0, work
     everywhere; the paper preset looks for the public file, then downloads it, then makes `episodes` of its own.
     """
     task = envs.get_task(task)
-    directed = task.cpu.get("directed", 0.0) if preset == "cpu" else 0.0
+    directed = preset == "cpu" and task.cpu.get("directed", False)
     own = made(task, episodes, seed, directed)
     if data is not None and (Path(data) != own or own.is_file()):  # its own file is made again if it went missing
         return Path(data).expanduser()
@@ -87,7 +87,7 @@ def _is_ogbench(path, task=None) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------- making them
-def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = True, directed: float = 0.0) -> Path:
+def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = True, directed: bool = False) -> Path:
     """
     Writes `episodes` successful demonstrations and returns the path. The file depends on (task, episodes, seed) alone:
     attempt i has its own seed, and the first successes in the order of the attempts are kept. `directed`: ogbench.py.

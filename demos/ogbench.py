@@ -6,12 +6,13 @@ OGBench's `play` data: made here by OGBench's own oracles, or read from the file
 
 An oracle carries out one random errand after another (put a cube there, press that button, open the drawer) along a
 noisy plan, and never heads for the task. The recipe is that of OGBench's data_gen_scripts: trajectories of 1,001
-states, plan noise 0.1, scenes whose cube got out of sight discarded. `directed` is ours: the share of errands that do
-head for the task, for a data set of minutes (100 trajectories) instead of hours to contain it at all.
+states, plan noise 0.1, scenes whose cube got out of sight discarded. `directed` is ours, for minutes instead of hours:
+demonstrations of the task, which begin where its episodes begin, hand out only errands that meet a condition of the
+goal, and end when it is met.
 
 A file holds, for N rows: observations (N, D), actions (N, A), terminals (N,), qpos (N, joints), qvel (N, speeds),
-button_states (N, buttons) where the domain has buttons, and, ours only, seeds (one per trajectory): PlayEnv.reset(seed)
-and the recorded actions repeat a trajectory bitwise.
+button_states (N, buttons) where the domain has buttons, and, ours only, directed () and seeds (one per trajectory):
+PlayEnv.reset(seed, options={"directed": directed}) and the recorded actions repeat a trajectory bitwise.
 """
 from __future__ import annotations
 
@@ -35,9 +36,27 @@ class PlayEnv(envs.OGBenchEnv):
 
     def _build(self, render, env_args):
         super()._build(render, env_args, mode="data_collection", terminate_at_goal=False)
+        self.simulator.set_tasks()
+        self.simulator.num_tasks = len(self.simulator.task_infos)
+
+    def reset(self, *, seed=None, options=None):
+        """options={"directed": True}: the first state of an episode of the task, the one of this seed."""
+        self._directed = bool(options and options.get("directed"))
+        return super().reset(seed=seed)
+
+    def _reset(self, seed):
+        if not self._directed:
+            return super()._reset(seed)
+        self.simulator._mode = "task"
+        try:
+            obs = super()._reset(seed)
+        finally:
+            self.simulator._mode = "data_collection"
+        self.simulator.forget()  # the reading now names an errand
+        return obs
 
 
-def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = True, directed: float = 0.0) -> Path:
+def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = True, directed: bool = False) -> Path:
     """Writes `episodes` trajectories, returns the path. The file depends on (task, episodes, seed, directed) alone."""
     from tqdm import tqdm
 
@@ -46,20 +65,19 @@ def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = Tr
         raise ValueError(f"task '{task.name}' has no play data: it is not of OGBench")
     if episodes < 1:
         raise ValueError(f"need at least one trajectory, got {episodes}")
-    if not 0.0 <= directed <= 1.0:
-        raise ValueError(f"directed is a share between 0 and 1, got {directed}")
     started, played = time.perf_counter(), []
-    with tqdm(total=episodes, desc=f"{task.name} play", unit="episode", disable=not progress) as bar:
+    kind = "demonstrations" if directed else "play"
+    with tqdm(total=episodes, desc=f"{task.name} {kind}", unit="episode", disable=not progress) as bar:
         for trajectory in _trajectories(task, episodes, seed, workers, directed):
             played.append(trajectory)
             bar.update()
     columns = {key: np.concatenate([trajectory[key] for trajectory in played]) for key in played[0]}
-    save(path, columns)
+    save(path, columns | {"directed": np.array(directed)})
     if progress:
-        steps, seconds = episodes * (ROWS - 1), time.perf_counter() - started
+        steps, seconds = len(columns["terminals"]) - episodes, time.perf_counter() - started
         solved = int(load(path, task)["terminated"].sum())
         print(f"{path}: {episodes} trajectories, {steps} steps at {steps / seconds:.0f} per second, "
-              f"the task was solved {solved} times in passing")
+              f"the task was solved {solved} times")
     return Path(path)
 
 
@@ -104,13 +122,19 @@ def _make_oracles(task, simulator) -> dict:
     }
 
 
-def _play(env: PlayEnv, oracles: dict, rng, directed: float, count: int) -> dict[str, np.ndarray]:
-    """One trajectory of `count` states, each with the action taken there."""
+def _play(env: PlayEnv, oracles: dict, rng, directed: bool, count: int) -> dict[str, np.ndarray]:
+    """One trajectory of at most `count` states, each with the action taken there."""
     simulator, rows, seed = env.simulator, [], int(rng.integers(2**31))
     p_stack = rng.uniform(*STACKING.get(env.task.name, (0.5, 0.5)))
-    obs, _ = env.reset(seed=seed)
-    oracle = None
-    for _ in range(count):
+    obs, _ = env.reset(seed=seed, options={"directed": directed})
+    oracle, solved, errand = None, False, directed  # whether an errand is to be handed out
+    while len(rows) < count:
+        if errand:
+            simulator.forget()  # the reading names the errand
+            simulator.set_new_target(return_info=False, p_stack=p_stack)
+            if directed:
+                _send_to_goal(simulator, env.task, rng)
+            oracle = None
         info = simulator.compute_ob_info()
         if oracle is None:
             oracle = oracles[info["privileged/target_task"]]
@@ -118,16 +142,13 @@ def _play(env: PlayEnv, oracles: dict, rng, directed: float, count: int) -> dict
         action = np.clip(oracle.select_action(obs, info), -1.0, 1.0).astype(np.float32)
         row = {"observations": obs, "actions": action, "qpos": info["qpos"], "qvel": info["qvel"]}
         rows.append(row | ({"button_states": info["button_states"]} if "button_states" in info else {}))
-        obs = env.step(action)[0]
-        if oracle.done:
-            simulator.forget()  # the reading names the errand
-            simulator.set_new_target(return_info=False, p_stack=p_stack)
-            if rng.random() < directed:
-                _send_to_goal(simulator, env.task, rng)
-            oracle = None
+        if solved:
+            break
+        obs, _, success, _, _ = env.step(action)
+        solved, errand = directed and success, oracle.done
     dtypes = {"button_states": np.int8}
     columns = {key: np.array([row[key] for row in rows], dtypes.get(key, np.float32)) for key in rows[0]}
-    return columns | {"terminals": np.arange(count) == count - 1, "seeds": np.array([seed])}
+    return columns | {"terminals": np.arange(len(rows)) == len(rows) - 1, "seeds": np.array([seed])}
 
 
 def _send_to_goal(simulator, task, rng) -> None:

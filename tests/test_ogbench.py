@@ -414,22 +414,27 @@ def test_a_scene_whose_cube_is_out_of_sight_is_played_again(monkeypatch):
     monkeypatch.setattr(ogbench, "_in_sight", lambda cube: seen.append(cube.shape) or next(rule))
     monkeypatch.setattr(ogbench, "_play", lambda *job: {"qpos": np.zeros((job[-1], 25))})
     monkeypatch.setattr(ogbench, "_env", type("Env", (), {"task": envs.TASKS["scene"]}))
-    ogbench._trajectory((envs.TASKS["scene"], 0, 0, 0.0, 6))
+    ogbench._trajectory((envs.TASKS["scene"], 0, 0, False, 6))
     assert seen == [(6, 3)] * 3
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_directed_errands_serve_the_goal_and_replay_bitwise(task, tmp_path, monkeypatch):
-    """Every errand meets one condition more, so 300 steps meet more of them than they began with."""
-    monkeypatch.setattr(ogbench, "ROWS", 301)
-    path = ogbench.collect(task, 1, 2, tmp_path / "x.npz", progress=False, directed=1.0)
-    file, env = np.load(path), ogbench._env
-    unmet = (~envs.TASKS[task].met(file["qpos"], file.get("button_states"))).sum(1)
-    assert unmet.min() < unmet[0]
-    obs = env.reset(seed=int(file["seeds"][0]))[0]
-    for expected, action in zip(file["observations"], file["actions"]):
-        assert np.array_equal(obs, expected)
-        obs = env.step(action)[0]
+def test_directed_play_demonstrates_the_task_and_replays_bitwise(task, tmp_path):
+    """From the first state of an episode of the task to its first success, which ends it."""
+    path = ogbench.collect(task, 2, 2, tmp_path / "x.npz", progress=False, directed=True)
+    file, data, steps = np.load(path), ogbench.load(path, task), 0
+    first = np.r_[0, np.flatnonzero(file["terminals"])[:-1] + 1]
+    episode = envs.make_env(task)                               # not the world that made them
+    for seed, row in zip(file["seeds"], first):
+        obs, ended = episode.reset(seed=int(seed))[0], False
+        while not ended:
+            assert np.array_equal(obs, file["observations"][row]) and not file["terminals"][row]
+            obs, reward, ended, truncated, _ = episode.step(file["actions"][row])
+            assert (data["reward"][steps], data["terminated"][steps]) == (reward, ended) and not truncated
+            row, steps = row + 1, steps + 1
+        assert file["terminals"][row] and np.array_equal(obs, file["observations"][row])
+    assert steps == len(data["obs"]) and file["directed"]
+    episode.close()
 
 
 def test_an_oracle_is_told_the_errand_of_now():
@@ -447,7 +452,7 @@ def test_an_oracle_is_told_the_errand_of_now():
         def select_action(self, obs, info):
             return np.zeros(5)
 
-    ogbench._play(env, {"cube": Oracle()}, np.random.default_rng(0), 0.5, 12)
+    ogbench._play(env, {"cube": Oracle()}, np.random.default_rng(0), True, 12)
     assert told == [(True, True)] * 12
     env.close()
 
