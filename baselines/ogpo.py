@@ -1,6 +1,6 @@
 """OGPO, Off-policy Generative Policy Optimization ("Sample Efficient Full-Finetuning ...", arXiv 2605.03065).
 
-    python -m baselines.ogpo --task lift           # --variant ogpo, ogpo-plus or ogpo-ca, which its authors recommend
+    python -m baselines.ogpo --task lift     # 20 min; --variant ogpo, ogpo-plus or ogpo-ca, which its authors recommend
 
 Once each denoising step draws noise, making a chunk is a decision process of its own, whose last step is paid the
 critic's value. A moving average of the policy imagines G chains for each of a few replay states, and PPO raises those
@@ -37,10 +37,10 @@ class Args(LoopArgs):
     variant: Literal["ogpo-ca", "ogpo-plus", "ogpo"] = "ogpo-ca"
     heads: int = 10                   # critic heads
     policy_tau: float = 0.005         # rate of the moving average that imagines the chains and acts
-    actor_learning_rate: float = 3e-4  # Adam, policy (ours)
+    actor_learning_rate: float = 1e-4  # Adam, policy (ours)
     prompts: int = 32                 # P, states of the batch to imagine chains for (ours)
     group: int = 16                   # G, chains of each prompt (ours)
-    noise: float = 0.1                # s0, noise of the first flow step; it falls with sqrt(1 - t)
+    noise: float = 0.2                # s0, noise of the first flow step; it falls with sqrt(1 - t)
     ratio_clip: float = 0.01          # PPO's epsilon, on one ratio per chain
     bc_weight: float = 0.01           # of cloning successes (plus, ca) against the policy gradient
     q_samples: int = 1                # next chunks averaged in the critic's target (Q-variance reduction)
