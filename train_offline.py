@@ -212,7 +212,8 @@ def make_policy(args, device, data=None):
     policy = FlowPolicy(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.flow_steps)
     if data is not None and args.normalize:
         obs = torch.as_tensor(data["obs"])
-        policy.set_normalizer(obs.mean(0), obs.std(0).clamp(min=1e-3))
+        std = obs.std(0)          # what hardly moves in the demonstrations, a cube to be left alone, may move later
+        policy.set_normalizer(obs.mean(0), std.clamp(min=max(1e-3, 0.1 * std.median().item())))
     return policy.to(device)
 
 

@@ -177,6 +177,15 @@ def test_acting_from_the_posterior_takes_the_candidate_the_critic_prefers():
     assert chosen[0, 0] == candidates[:, 0, 0].max() and chosen.shape == (5, 7)
 
 
+def test_what_hardly_moves_in_the_demonstrations_gets_no_huge_unit():
+    """Else one cube touched later would put the network's input hundreds of deviations out."""
+    obs = np.random.default_rng(0).normal(size=(500, 19)).astype(np.float32) * np.linspace(1, 2, 19, dtype=np.float32)
+    obs[:, [3, 7]] = [[0.5, -2.0]] + 1e-5 * obs[:, [3, 7]]
+    std = train_offline.make_policy(train_offline.Args(), torch.device("cpu"), {"obs": obs}).obs_std.numpy()
+    own, moving = obs.std(0, ddof=1), np.delete(np.arange(19), [3, 7])
+    assert np.allclose(std[moving], own[moving]) and np.allclose(std[[3, 7]], 0.1 * np.median(own), rtol=0.01)
+
+
 def test_pessimism_counts_in_the_target_the_weights_and_the_acting():
     """With two heads and pessimism 1 all three take the lower head."""
     args = train_online.Args(hidden=8, layers=1, flow_steps=2, num_candidates=4, pessimism=1.0, precision="float32")
