@@ -99,20 +99,19 @@ def _ogbench_task(name, obs_dim, episode_limit, description, goal, paper, cpu, c
 _BINARY = dict(pretrain_steps=500_000, temperature=0.001, clip=0.15)
 _COUNT = dict(pretrain_steps=500_000, temperature=0.1, clip=0.3)
 _HARD = dict(act="posterior", heads=5, pessimism=1.0, tau=0.02, warmup_steps=5000, online_steps=20_000,
-             eval_every=5000, capacity=100_000)
-_PLACE = _HARD | dict(demo_episodes=50, pretrain_steps=10_000, online_learning_rate=3e-4)
-_CPU = _HARD | dict(demo_episodes=20, directed=True, pretrain_steps=10_000)
-_CPU_COUNT = _CPU | dict(episode_limit=200, reward_offset=0.0, temperature=1.0)
+             eval_every=5000, capacity=100_000, demo_episodes=50, pretrain_steps=10_000, online_learning_rate=3e-4)
+_CPU = _HARD | dict(directed=True)
+_CPU_COUNT = _CPU | dict(reward_offset=0.0, temperature=0.3)
 TASKS: dict[str, Task] = {task.name: task for task in (
     _robosuite_task("lift", "Lift", 10, 300, "a Panda arm lifts a cube 4 cm off the table"),
-    _robosuite_task("can", "PickPlaceCan", 14, 300, "a Panda arm bins a can", _PLACE | {"episode_limit": 200},
+    _robosuite_task("can", "PickPlaceCan", 14, 300, "a Panda arm bins a can", _HARD | dict(episode_limit=200),
                     pretrain_steps=100_000, clip=0.3),
     _robosuite_task("square", "NutAssemblySquare", 14, 400, "a Panda arm puts a nut on its peg",
-                    _PLACE | dict(episode_limit=250, pretrain_steps=40_000), pretrain_steps=500_000, clip=0.08),
+                    _HARD | dict(episode_limit=250, pretrain_steps=40_000), pretrain_steps=500_000, clip=0.08),
     _ogbench_task("scene", 40, 750, "a UR5e arm opens a drawer and a window, everything else stays as it is",
-                  Goal(((0.35, 0.05, 0.02),), (1, 1), (-0.16, 0.2)), _BINARY, _CPU | dict(episode_limit=300)),
+                  Goal(((0.35, 0.05, 0.02),), (1, 1), (-0.16, 0.2)), _BINARY, _CPU | dict(episode_limit=200)),
     _ogbench_task("puzzle-3x3", 55, 500, "a UR5e arm solves Lights Out in two presses",
-                  Goal(buttons=(1, 1, 0, 1, 0, 1, 0, 1, 1)), _BINARY, _CPU | dict(episode_limit=200)),
+                  Goal(buttons=(1, 1, 0, 1, 0, 1, 0, 1, 1)), _BINARY, _CPU | dict(demo_episodes=10)),
     _ogbench_task("cube-double", 37, 500, "a UR5e arm moves one of two cubes",
                   Goal(((0.425, 0.0, 0.02), (0.425, 0.1, 0.02))), _COUNT, _CPU_COUNT, True),
     _ogbench_task("cube-triple", 46, 1000, "a UR5e arm moves one of three cubes",

@@ -8,7 +8,7 @@ An oracle carries out one random errand after another (put a cube there, press t
 noisy plan, and never heads for the task. The recipe is that of OGBench's data_gen_scripts: trajectories of 1,001
 states, plan noise 0.1, scenes whose cube got out of sight discarded. `directed` is ours, for minutes instead of hours:
 demonstrations of the task, which begin where its episodes begin, hand out only errands that meet a condition of the
-goal, and end when it is met.
+goal, and end when it is met; each has plan noise of its own, up to 0.4, as if by people of different skill.
 
 A file holds, for N rows: observations (N, D), actions (N, A), terminals (N,), qpos (N, joints), qvel (N, speeds),
 button_states (N, buttons) where the domain has buttons, and, ours only, directed () and seeds (one per trajectory):
@@ -114,7 +114,7 @@ def _trajectory(job) -> dict[str, np.ndarray]:
 def _make_oracles(task, simulator) -> dict:
     from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
 
-    options = dict(env=simulator, noise=0.1, noise_smoothing=0.5)
+    options = dict(env=simulator, noise_smoothing=0.5)
     fist = {"gripper_always_closed": True} if task.name.startswith("puzzle") else {}
     return {
         "cube": cube_plan.CubePlanOracle(**options), "button": button_plan.ButtonPlanOracle(**fist, **options),
@@ -126,7 +126,10 @@ def _play(env: PlayEnv, oracles: dict, rng, directed: bool, count: int) -> dict[
     """One trajectory of at most `count` states, each with the action taken there."""
     simulator, rows, seed = env.simulator, [], int(rng.integers(2**31))
     p_stack = rng.uniform(*STACKING.get(env.task.name, (0.5, 0.5)))
+    noise = rng.uniform(0.1, 0.4) if directed else 0.1
     obs, _ = env.reset(seed=seed, options={"directed": directed})
+    for one in oracles.values():
+        one._noise = noise
     oracle, solved, errand = None, False, directed  # whether an errand is to be handed out
     while len(rows) < count:
         if errand:
