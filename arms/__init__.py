@@ -14,9 +14,11 @@ workspace.
 from __future__ import annotations
 
 import importlib
+import os
 
 from logbook import UserError
 
+MUJOCO_GL = os.environ.get("MUJOCO_GL")  # what the user asked for, before a simulator sets it
 BUILT_IN = {"sim": "arms.sim:SimArm", "piper": "arms.piper:PiperArm"}
 PROTOCOL = ("observation_features", "action_features", "is_connected", "is_calibrated", "connect", "calibrate",
             "configure", "get_observation", "send_action", "disconnect")

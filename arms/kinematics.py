@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
+import envs
+
 LENGTH = (0.0, 0.0, 0.28503, -0.02198, 0.0, 0.0)  # modified DH: a, metres
 TWIST = (0.0, -90.0, 0.0, 90.0, -90.0, 90.0)  # alpha, degrees
 OFFSET = (0.123, 0.0, 0.0, 0.25075, 0.0, 0.091)  # d, metres; the last one ends at the flange
@@ -36,7 +38,8 @@ def limits() -> np.ndarray:
 
 def mjcf(hand: str = "", world: str = "", options: str = "", dh_is_offset: int = 1, tool: float = TOOL) -> str:
     """
-    The arm as MJCF text. `hand` goes into the body at the TCP (the hand), `world` beside the arm, `options` in front.
+    The arm as MJCF text. `hand` goes into the body at the TCP (the hand), `world` beside the arm
+    and after it, so that the arm's joints stay the first ones, `options` in front.
     Bodies link_1..link_6, hand, finger_left, finger_right; joints joint_1..joint_6, then two slides that move together;
     seven position servos, the last in metres of one finger; gravity is compensated on every body of the arm.
     """
@@ -67,20 +70,20 @@ def mjcf(hand: str = "", world: str = "", options: str = "", dh_is_offset: int =
     return f"""<mujoco model="piper">
 <compiler angle="degree" autolimits="true"/>{options}
 <default><default class="hand"><geom contype="2" conaffinity="1" density="300"/></default></default>
-<worldbody>{world}
+<worldbody>
 <geom type="cylinder" size="0.05 0.04" pos="0 0 0.04" contype="0" conaffinity="0" rgba=".3 .3 .3 1"/>
 {opening}
 <geom class="hand" name="palm" type="box" pos="0 0 {palm}" size="0.02 0.045 {palm}"/>
 <body name="hand" pos="0 0 {tool}" gravcomp="1"><site name="tcp" size="0.002"/>{hand}{fingers}</body>
-{closing}</worldbody>
+{closing}
+{world}</worldbody>
 <equality><joint joint1="finger_right" joint2="finger_left"/></equality>
 <actuator>{servos}</actuator></mujoco>"""
 
 
 def rotation_vector(rotation: np.ndarray) -> np.ndarray:
     """Axis times angle (3,) in radians of a rotation matrix (3, 3); exact also near half a turn."""
-    import mujoco
-
+    mujoco = envs._import("mujoco", False)
     quaternion, vector = np.empty(4), np.empty(3)
     mujoco.mju_mat2Quat(quaternion, np.ascontiguousarray(rotation, dtype=np.float64).ravel())
     mujoco.mju_quat2Vel(vector, quaternion, 1.0)
@@ -94,9 +97,8 @@ class Kinematics:
     """
 
     def __init__(self, dh_is_offset: int = 1, tool: float = TOOL):
-        import mujoco
-
-        self._mujoco, self._model = mujoco, mujoco.MjModel.from_xml_string(mjcf(dh_is_offset=dh_is_offset, tool=tool))
+        self._mujoco = mujoco = envs._import("mujoco", False)
+        self._model = mujoco.MjModel.from_xml_string(mjcf(dh_is_offset=dh_is_offset, tool=tool))
         self._data = mujoco.MjData(self._model)
         self._site, self.limits = self._model.site("tcp").id, limits()  # (6, 2) radians
         self._linear, self._angular = np.zeros((3, self._model.nv)), np.zeros((3, self._model.nv))
