@@ -4,16 +4,17 @@
     python robot.py train --task insert-usb --no-realtime          # stage I, warm-up, POCO; 20 minutes on two cores
     python robot.py eval --task insert-usb --no-realtime           # the delivered policy, alone
     python robot.py record --task pick-cube --robot piper --teleop lab.leader:Leader --box-center 30 0 20
-    python robot.py train --resume runs/pick-cube-robot-s0         # after any kill: at most the running episode is lost
+    python robot.py train --resume runs/pick-cube-robot-s0         # after a kill at most the running episode is lost
 
-`--robot package.module:Class` drives any LeRobot robot that speaks of joint_1.pos .. joint_6.pos (see Arm). Every command
-passes the Guard; the learner runs in a process of its own, so that the 15 Hz loop never waits for it. README, "A real
-arm", comes before the first motion: a hardware emergency stop is not optional, and position control has no compliance.
+`--robot package.module:Class` drives any LeRobot robot that speaks of joint_1.pos .. joint_6.pos (see Arm). Every
+command passes the Guard; the learner runs in a process of its own, so that the 15 Hz loop never waits for it. README,
+"A real arm", comes before the first motion: a hardware emergency stop is not optional, and position control has no
+compliance.
 Writes runs/<task>-robot-s<seed>/: args.json, progress.csv, eval.csv, episodes/*.hdf5, last.pt, curve.png.
 
 Not here: drivers and kinematics (arms/), keys (arms/keypad.py), files of episodes (arms/episodes.py), stages I and II
 themselves (arms/learner.py), a VLA's head (vla_head.py), compliance, force sensing, learnt rewards.
-Shapes: A = 7: shift xyz, turn xyz, gripper, each in [-1, 1]; B batch, H chunk, D observation. SI units inside, cm in Args.
+Shapes: A = 7 is shift xyz, turn xyz, gripper, each in [-1, 1]; H chunk, D observation. SI units inside, cm in Args.
 """
 import collections
 import contextlib
@@ -45,9 +46,10 @@ SLACK = 1.02                                   # limits are this much wider than
 class Arm(Protocol):
     """What a driver offers: the ten members of every LeRobot robot; lerobot itself is never imported.
 
-    Action keys joint_1.pos .. joint_6.pos (rad) and gripper.pos (m). An observation has the same, `stamp` (time.monotonic
-    of the measurement) and cameras as HWC uint8 arrays, each with NAME.stamp if it can. Optional: reset(seed) and
-    success() of a simulated arm, object.* floats, rest (6,) joints, kinematics. disconnect must not let the arm fall.
+    Action keys joint_1.pos .. joint_6.pos (rad) and gripper.pos (m). An observation has the same, `stamp`
+    (time.monotonic() of the measurement) and cameras as HWC uint8 arrays, each with NAME.stamp if it can. Optional:
+    reset(seed) and success() of a simulated arm, object.* floats, rest (6,) joints, kinematics. disconnect must not
+    let the arm fall.
     """
 
     observation_features: dict[str, Any]       # NAME: float, or (height, width, 3) of a camera
@@ -65,12 +67,12 @@ class Arm(Protocol):
 # ---- the guard -------------------------------------------------------------------------------------------------------
 
 class Guard:
-    """Turns policy actions into joint targets that keep every limit. It scales and counts; it never raises once started.
+    """Turns policy actions into joint targets that keep every limit; scales and counts, never raises once started.
 
-    A target is inside the joint ranges, its tool inside `box` (2, 3) metres and within `cone` radians of `axis` (3,); from
-    one target to the next no joint, no shift and no turn exceeds its limit. If IK or rounding would break one, the step
-    is shortened until none is; a step of zero always is allowed, because the last target was. The target also stays on a
-    leash: where the measured tool lags further behind, as in contact, it walks back to it. All limits are arguments.
+    A target is inside the joint ranges, its tool inside `box` (2, 3) metres and within `cone` radians of `axis` (3,);
+    from one target to the next no joint, no shift and no turn exceeds its limit. If IK or rounding would break one, the
+    step is shortened until none is; a step of zero always is allowed, because the last target was. The target also
+    stays on a leash: where the measured tool lags further behind, as in contact, it walks back to it.
     """
 
     def __init__(self, kinematics, box, axis, *, cone, max_step, max_turn, max_joint_speed, leash):
@@ -114,7 +116,8 @@ class Guard:
         there = self.kinematics.fk(measured)[0]
         place = there + self._cap(place - there, self.leash, "leash")
         place = base + self._cap(place - base, self.max_step / SLACK, "leash")
-        aim, *_ = self.kinematics.ik(place, self._into_cone(Rotation.from_rotvec(turn).as_matrix() @ turned), self.joints)
+        turn = self._into_cone(Rotation.from_rotvec(turn).as_matrix() @ turned)
+        aim, *_ = self.kinematics.ik(place, turn, self.joints)
         aim = self._clip(aim, self.low, self.high, "joint range")
         change = aim - self.joints
         fastest = np.abs(change).max() / self.max_joint_step
@@ -126,9 +129,9 @@ class Guard:
         return target, self._grip(opening)
 
     def slide(self, goal, gripper, measured, speed=0.25):
-        """One slow step straight to joints `goal` (6,), outside the box too: rest, recovery -> joints, gripper, arrived.
+        """One slow step straight to joints `goal` (6,), outside the box too -> joints, gripper, arrived.
 
-        Waits where the measured arm does not follow.
+        For the ways to rest and into the box; it waits where the measured arm does not follow.
         """
         goal = np.clip(goal, self.low, self.high)
         if not _finite(goal, 6) or not _finite(measured, 6):
@@ -156,7 +159,8 @@ class Guard:
         """The action (7,) that leads to a tele-operator's joints (6,) and opening; far away: longer than a step."""
         (place, turned), (goal, goal_turned) = self.kinematics.fk(self.joints), self.kinematics.fk(joints)
         turn = Rotation.from_matrix(goal_turned @ turned.T).as_rotvec()
-        return np.array([*(goal - place) * SLACK / self.max_step, *turn * SLACK / self.max_turn, 2 * gripper / OPEN - 1])
+        shift = (goal - place) * SLACK / self.max_step
+        return np.array([*shift, *turn * SLACK / self.max_turn, 2 * gripper / OPEN - 1])
 
     def _furthest(self, change, base, turned):
         for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.05):
@@ -293,7 +297,7 @@ class Rig:
         Its outcome is success, fail, timeout, discard, quit or stop. UserError if the arm or the keypad is lost.
         """
         view = self._begin(seed)
-        take, queue, human, since = Take(view.vector), [], act is None, 0
+        take, queue, human, since = Take(view.vector), [], act is None, 15 * (act is None)
         if view and self.args.realtime:
             self.armed = True
         while take.outcome is None:
@@ -416,8 +420,8 @@ class Rig:
 
 # ---- record, train, eval ---------------------------------------------------------------------------------------------
 
-COLUMNS = ("success", "reward", "length", "dropped", "interventions", "guarded", "period_p50", "period_p99", "period_max",
-           "overruns", "version", "updates", "warmup", *STATS)
+COLUMNS = ("success", "reward", "length", "dropped", "interventions", "guarded", "period_p50", "period_p99",
+           "period_max", "overruns", "version", "updates", "warmup", *STATS)
 
 
 def seed_of(args, number):
@@ -441,8 +445,9 @@ def session(args):
         module, _, name = args.teleop.partition(":")
         teleop = getattr(importlib.import_module(module), name)()
         teleop.connect()
-    elif hasattr(robot, "expert"):
-        teleop = robot.expert()
+    elif args.robot == "sim":
+        from arms.teleop import ScriptedExpert
+        teleop = ScriptedExpert(robot, seed=seed_of(args, 0))
     if args.role == "record" and teleop is None:
         raise UserError("recording needs someone to tele-operate: --teleop package.module:Class")
     silent = args.keypad == "none" or (args.keypad == "auto" and hasattr(robot, "success"))
@@ -471,7 +476,7 @@ def record(args):
                 print(f"{take.outcome} after {take.steps} steps: {number} of {args.episodes} recorded, {tried} tried, "
                       f"{rig.status()}", flush=True)
     if files := numbered(folder):
-        print(f"{merge(files, folder.with_suffix('.hdf5'))}; next: python robot.py train --task {args.task}", flush=True)
+        print(f"{merge(files, folder.with_suffix('.hdf5'))}; next: python robot.py train --task {args.task}")
 
 
 def train(args):
@@ -530,8 +535,9 @@ def play(args, rig, task, learner, book, steps, recent):
             book.log(steps, success=np.mean(last), reward=recent[-1], length=take.steps, dropped=take.dropped,
                      interventions=take.interventions, guarded=rig.guard.counts.total(), version=version,
                      **rig.pace.report(), **report)
-            print(f"episode {number + 1}/{args.episodes} {take.outcome}, {take.steps} steps: success {np.mean(last):.0%} "
-                  f"of the last {len(last)}, {report.get('updates', 0)} updates, {rig.status()}", flush=True)
+            print(f"episode {number + 1}/{args.episodes} {take.outcome}, {take.steps} steps: success "
+                  f"{np.mean(last):.0%} of the last {len(last)}, {report.get('updates', 0)} updates, {rig.status()}",
+                  flush=True)
 
 
 def evaluate(args):
@@ -544,7 +550,7 @@ def evaluate(args):
             policy.load_state_dict(state["actor"])
             critic.load_state_dict(state["critic"])
         except RuntimeError as error:
-            raise UserError(f"{folder}/last.pt does not fit this arm or these sizes: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{folder}/last.pt is of another arm or size: {str(error).splitlines()[0]}") from error
         acting = Acting(args, policy, critic)
         print(f"policy {acting.fingerprint()} after {state['updates']} updates, acting from the {args.act}", flush=True)
         with rig:
@@ -557,7 +563,7 @@ def evaluate(args):
                 if take.outcome != "discard":
                     won = take.outcome == "success"
                     rows.append({"seed": seed, "success": won, "length": take.steps, "return": float(won)})
-                    print(f"{len(rows)}/{args.episodes} {take.outcome} after {take.steps} steps, {rig.status()}", flush=True)
+                    print(f"{len(rows)}/{args.episodes} {take.outcome}, {take.steps} steps, {rig.status()}", flush=True)
     if rows:
         book = Logbook(folder, state, COLUMNS)
         book.evaluation(state["updates"], args.act, rows)

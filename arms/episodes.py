@@ -8,8 +8,8 @@
     transitions = load([path, ...], layout("pick-cube", sizes))
 
 A step whose observation was stale is not stored; the episode then consists of several demonstrations, `demo_0`,
-`demo_1`, ..., each without a hole, so no chunk ever crosses one. Besides robomimic's own keys each has `intervention` (T,)
-and `requested` (T, A). Needs h5py. Not here: the control loop (robot.py), the format itself (demos/hdf5.py).
+`demo_1`, ..., each without a hole, so no chunk ever crosses one. Besides robomimic's own keys each has `intervention`
+(T,) and `requested` (T, A). Needs h5py. Not here: the control loop (robot.py), the format itself (demos/hdf5.py).
 
 Shapes: T steps, D observation, A action.
 """

@@ -8,8 +8,9 @@
     background.absorb(path)                           # returns at once
     learner.acting()(obs, rng)                        # obs (D,) -> chunk (H, A), with the newest weights
 
-An episode reaches the learner as the path of its file, and weights come back as one shared array of numbers with a version;
-nothing is unpickled that another machine could have sent. All that a restart needs is on disk: episodes and last.pt.
+An episode reaches the learner as the path of its file, and weights come back as one shared array of numbers with a
+version; nothing is unpickled that another machine could have sent. All that a restart needs is on disk: episodes and
+last.pt.
 Not here: the loss itself (poco.py), the control loop (robot.py), several arms or machines (distributed/).
 """
 import copy
@@ -40,6 +41,12 @@ def networks(args, task, device="cpu"):
     policy = FlowPolicy(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.flow_steps)
     critic = ChunkCritic(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers)
     return policy.to(device), critic.to(device)
+
+
+def floor(task):
+    """Least deviation (D,) an observation is divided by: demonstrations hardly turn the tool, a young policy does."""
+    least = {"joints": [0.05] * 6, "gripper": [0.005], "eef": [0.005] * 3 + [0.05] * 6}
+    return torch.tensor([x for key, size in zip(task.obs_keys, task.obs_sizes) for x in least.get(key, [0.005] * size)])
 
 
 class Acting:
@@ -84,9 +91,10 @@ class Learner:
                                   args.discount, self.device)
         self.replay.extend(data | {"reward": data["reward"] + args.reward_offset})
         obs = torch.as_tensor(data["obs"])
+        std = torch.maximum(obs.std(0), floor(task))
         self.policy, self.critic = networks(args, task, self.device)
         for network in (self.policy, self.critic):
-            network.set_normalizer(obs.mean(0), obs.std(0).clamp(min=1e-3))
+            network.set_normalizer(obs.mean(0), std)
         self.actor, self.target = (copy.deepcopy(net).requires_grad_(False) for net in (self.policy, self.critic))
         self.cloning = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate)
         self.actor_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.online_learning_rate)
@@ -157,7 +165,8 @@ class Learner:
         batch = self.replay.sample(args.batch_size, self.generator)
         next_chunk = policy.sample(policy.encode(batch.next_obs), 1)
         next_q = aggregate(self.target(batch.next_obs, next_chunk))[:, 0]
-        loss, stats = critic_loss(self.critic, batch.obs, batch.chunk, td_target(batch.returns, batch.bootstrap, next_q))
+        target = td_target(batch.returns, batch.bootstrap, next_q)
+        loss, stats = critic_loss(self.critic, batch.obs, batch.chunk, target)
         minimise(loss, self.critic_optimizer)
         ema_update(self.target, self.critic, args.tau)
         if self.updates >= args.warmup_updates:

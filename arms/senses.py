@@ -24,7 +24,7 @@ STATE_AGE, CAMERA_AGE = 0.1, 0.2               # seconds after which an observat
 
 
 class Pace:
-    """Absolute deadlines, one per PERIOD; a missed one is skipped, never caught up. Not realtime: time is their count."""
+    """Absolute deadlines, one per PERIOD; a missed one is skipped, never caught up. Not realtime: time is a count."""
 
     def __init__(self, realtime):
         self.realtime, self.ticks, self.overruns, self.periods = realtime, 0, 0, collections.deque(maxlen=100_000)
@@ -69,7 +69,7 @@ class View(NamedTuple):
 
 
 class Senses:
-    """From a driver's dict to a View, or to None and the reason in `fault` when a part is missing, stale or not finite."""
+    """From a driver's dict to a View, or to None and a reason in `fault` when a part is missing, stale or broken."""
 
     def __init__(self, robot, kinematics, pace, observe="auto", encoder=None):
         self.kinematics, self.pace, self.fault, self.seen = kinematics, pace, "", {}

@@ -3,7 +3,7 @@
     from arms.settings import Args, parse
     args = parse(["train", "--task", "pick-cube"], "what --help says first")      # an Args
 
-The paper leaves open: where the box is, limits of orientation and speed, what ends a run. Those defaults are marked ours.
+The paper leaves open where the box is, limits of orientation and speed, what ends a run: those defaults are ours.
 Not here: what the values do (robot.py: arm and episodes; learner.py: stages I and II).
 """
 from dataclasses import dataclass, fields
@@ -24,7 +24,7 @@ TASKS = {"pick-cube": dict(episode_limit=200, box_size=(40, 40, 30)),
 PRESETS = {"paper": {}, "cpu": dict(                                       # ours: minutes on a laptop
     hidden=256, layers=3, flow_steps=5, batch_size=128, online_learning_rate=1e-3, critic_learning_rate=1e-3,
     num_candidates=16, pretrain_steps=5000, warmup_updates=1000, capacity=10_000, reward_offset=-0.01,
-    temperature=0.01, clip=0.6, policy_tau=0.005)}
+    temperature=0.01, clip=0.6, policy_tau=0.005, episode_limit=100)}
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Args:
     preset: Literal["auto", "paper", "cpu"] = "auto"  # paper: the tables to the letter; auto: paper if there is a GPU
     robot: str = "sim"                # sim, piper or package.module:Class
     options: tuple[str, ...] = ()     # NAME=VALUE ... for the driver's constructor, such as channel=can1
-    teleop: str | None = None         # package.module:Class with get_action() -> joint targets; sim: its scripted expert
+    teleop: str | None = None         # package.module:Class with get_action() -> joint targets; sim: an expert
     keypad: str = "auto"              # terminal, /dev/input/by-id/... or none; auto: none where the arm knows success
     realtime: bool = True             # False, simulated arm only: at full speed, learning between the episodes
     seed: int = 0                     # of networks, batches and simulated episodes
@@ -51,7 +51,7 @@ class Args:
     box_from_demos: bool = False      # the box of the recorded episodes and 2 cm around it
     cone: float = 30.0                # degrees between the tool's axis and where it pointed at the start (ours)
     max_step: float = 1.5             # cm of the tool per period at full action (ours): 22 cm/s
-    max_turn: float = 6.0             # degrees of the tool per period at full action (ours)
+    max_turn: float = 4.0             # degrees of the tool per period at full action (ours)
     max_joint_speed: float = 90.0     # degrees per second of every joint (ours)
     leash: float = 4.0                # cm between the commanded and the measured tool (ours); bounds the force
     recover: bool = False             # start outside the box: go slowly to its middle first
