@@ -9,7 +9,7 @@ The same arm without hardware: the Piper's kinematics in MuJoCo, a table and two
 
 One control period (1/15 s) takes 2 ms without cameras. With realtime=True simulated time follows the clock, as an arm
 does; otherwise every send_action advances one period and an episode is a function of (reset seed, actions), bitwise.
-peg: a square peg, fixed in the hand whatever the fingers do, into a socket `clearance` metres wider on each side, 2 cm
+peg: a square peg, clamped in the hand for good, into a socket `clearance` metres wider on each side, 2 cm
 deep. cube: a 4 cm cube, lifted by 8 cm. Objects start within Table III's ranges (Insert USB, Pick Cube).
 Ours, since no arm has them: reset, success, observe, object.*, and the faults freeze_state, freeze_cameras, unplug.
 Not here: the safety guard and the loop (robot.py), the scripted expert (teleop.py), the real arm (piper.py).
@@ -38,6 +38,7 @@ PEG, PEG_LENGTH, SOCKET, DEPTH = 0.008, 0.04, 0.03, 0.02  # half width; beyond t
 CUBE, LIFTED = 0.02, 0.08  # half width; height of a success
 RANGES = {"peg": (0.05, 0.05), "cube": (0.25, 0.10)}  # Table III: where the object may start, metres in x and y
 STARTS = {"peg": ((0.30, 0.0, 0.01), 2 * PEG), "cube": ((0.30, 0.0, 0.03), 0.06)}  # TCP and opening at the start
+GRIPS = {"peg": (2 * PEG, 2 * PEG), "cube": (0.0, OPENING)}  # the fingers clamp the peg, whatever is commanded
 CAMERAS = ("front", "wrist")
 KEYS = tuple(f"{name}.pos" for name in (*JOINTS, "gripper"))
 OBJECT = ("object.x", "object.y", "object.z", "object.yaw")  # the cube's centre, the middle of the hole's entrance
@@ -122,6 +123,11 @@ class SimArm:
         return self._connected
 
     @property
+    def target(self) -> np.ndarray:
+        """Where the servos are told to be, (7,): six joints, opening. What send_action returned last."""
+        return self._target.copy()
+
+    @property
     def is_calibrated(self) -> bool:
         return True
 
@@ -168,7 +174,7 @@ class SimArm:
                 raise ValueError(f"targets must be finite, got {action}")
             self._follow_clock()
             self._target[:6] = np.clip(target[:6], *self._range.T)
-            self._target[6] = np.clip(target[6], 0.0, OPENING)
+            self._target[6] = np.clip(target[6], *GRIPS[self.task])
             if not self.realtime:
                 self._advance(SUBSTEPS)
             return dict(zip(KEYS, self._target.tolist(), strict=True))

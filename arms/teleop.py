@@ -4,10 +4,10 @@ Someone who moves the simulated arm: a scripted expert in the place of a person 
     expert = ScriptedExpert(arm, seed=0)
     arm.send_action(expert.get_action())                  # fifteen times a second, through robot.py's Guard
 
-Like any tele-operator it offers get_action() -> the next joint targets. It sees the true state of the simulation, moves
-the tool by at most 1.4 cm per call and is uneven in the way people are: each episode draws a pace, a height, a way round
-and a steadiness of hand, some attempts aim beside the goal, notice, rise and try again. All constants are ours.
-If somebody else moved the arm meanwhile, it starts over from wherever the arm is.
+Like any tele-operator it offers get_action() -> the next joint targets. It sees the true state of the simulation, goes
+on from the last target of the arm by at most 1.4 cm per call, and is uneven in the way people are: each episode draws a
+pace, a height, a way round and a steadiness of hand, some attempts aim beside the goal, notice, rise and try again. If
+somebody else moved the arm meanwhile, a new attempt begins from there. All constants are ours.
 Not here: the leader arm of a real set-up (piper.py: PiperLeader), the arm (sim.py).
 """
 from __future__ import annotations
@@ -18,6 +18,7 @@ from arms.sim import CUBE, DEPTH, DOWN, KEYS, OPENING, PEG, PEG_LENGTH, SOCKET, 
 
 PACE = (0.007, 0.014)  # metres per call on the way
 SLOW = (0.003, 0.006)  # ... while inserting or grasping
+TILT = 0.006  # radians added to the hand's tilt per call, about each axis; a fifth of the tilt goes back each time
 SHAKE = (0.0003, 0.0012)  # standard deviation of the hand's tremor, metres; one draw per episode
 ROUND = 0.35  # share of episodes with a detour on the way
 AIM = {"peg": 0.0012, "cube": 0.005}  # standard deviation of the aim, metres
@@ -25,12 +26,20 @@ MISS = {"peg": 0.35, "cube": 0.3}  # probability that an attempt aims beside the
 BESIDE = {"peg": (0.004, 0.008), "cube": (0.03, 0.05)}  # how far beside, metres
 
 
+def turned(rotation: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """The rotation (3, 3) after a small turn by a rotation vector (3,), by Rodrigues' formula."""
+    angle = np.linalg.norm(vector) + 1e-12
+    x, y, z = vector / angle
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return (np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross) @ rotation
+
+
 class ScriptedExpert:
     """arm: a SimArm; noise: factor of tremor, aim and misses, 0 is a perfect hand; seed: of everything drawn."""
 
     def __init__(self, arm, noise: float = 1.0, seed: int = 0):
         self.arm, self.noise, self.rng = arm, float(noise), np.random.default_rng(seed)
-        self.episode = self.joints = None
+        self.episode = self.meant = None
 
     def get_action(self) -> dict:
         """The next joint targets (rad) and opening (m), as send_action takes them."""
@@ -39,22 +48,23 @@ class ScriptedExpert:
         self.tool = self.arm.kinematics.fk(measured)[0]
         self.object = np.array([seen["object.x"], seen["object.y"], seen["object.z"]])
         self.opening = seen["gripper.pos"]
+        joints = self.arm.target[:6]
+        self.here = self.arm.kinematics.fk(joints)[0]
         if self.episode != self.arm.episode:
-            self._begin_episode(measured)
-        elif np.linalg.norm(self.arm.kinematics.fk(self.joints)[0] - self.tool) > 0.04:
-            self.joints = measured  # somebody else moved the arm
-            self._begin_attempt()
+            self._begin_episode()
+        elif np.linalg.norm(self.here - self.meant) > 0.03:
+            self._begin_attempt()  # somebody else moved the arm
         self.calls += 1
         target, pace, opening = getattr(self, "_" + self.phase)()
-        here = self.arm.kinematics.fk(self.joints)[0]
-        step = target - here
+        step = target - self.here
         step *= min(1.0, pace / (np.linalg.norm(step) + 1e-9))
-        tremor = self.noise * self.shake * self.rng.normal(size=3)
-        self.joints = self.arm.kinematics.ik(here + step + tremor, DOWN, self.joints, tolerance=1e-5)[0]
-        return dict(zip(KEYS, [*self.joints.tolist(), float(np.clip(opening, 0, OPENING))], strict=True))
+        self.meant = self.here + step + self.noise * self.shake * self.rng.normal(size=3)
+        self.tilt = 0.8 * self.tilt + self.noise * TILT * self.rng.normal(size=3)
+        joints = self.arm.kinematics.ik(self.meant, turned(DOWN, self.tilt), joints, tolerance=1e-5)[0]
+        return dict(zip(KEYS, [*joints.tolist(), float(np.clip(opening, 0, OPENING))], strict=True))
 
-    def _begin_episode(self, measured) -> None:
-        rng, self.episode, self.joints, self.attempts = self.rng, self.arm.episode, measured, 0
+    def _begin_episode(self) -> None:
+        rng, self.episode, self.tilt, self.attempts = self.rng, self.arm.episode, np.zeros(3), 0
         self.pace, self.slow, self.shake = rng.uniform(*PACE), rng.uniform(*SLOW), rng.uniform(*SHAKE)
         self.height, self.wait = rng.uniform(0.008, 0.03), int(rng.integers(3, 8))
         self._begin_attempt()
@@ -100,7 +110,7 @@ class ScriptedExpert:
                 self._enter("close")
             return target, self.slow * 2, OPENING - 0.005
         depth = TABLE + SOCKET - (self.tool[2] - PEG_LENGTH)
-        wanted = TABLE + SOCKET - (self.arm.kinematics.fk(self.joints)[0][2] - PEG_LENGTH)
+        wanted = TABLE + SOCKET - (self.here[2] - PEG_LENGTH)
         if wanted - depth > 0.008 and depth < 0.004 or self.calls > 40:
             self._begin_attempt()
             self._enter("rise")
@@ -117,7 +127,7 @@ class ScriptedExpert:
             if self.phase == "rise":
                 self._begin_attempt()
                 self._enter("rise")
-        return self._goal(0.0) if self.calls < 2 else self.arm.kinematics.fk(self.joints)[0], self.slow, 0.0
+        return self._goal(0.0) if self.calls < 2 else self.here, self.slow, 0.0
 
     def _lift(self):
         if self.tool[2] - self.object[2] > 0.04:
