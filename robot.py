@@ -19,7 +19,6 @@ Shapes: A = 7 is shift xyz, turn xyz, gripper, each in [-1, 1]; H chunk, D obser
 import collections
 import contextlib
 import dataclasses
-import importlib
 import sys
 import threading
 import time
@@ -30,13 +29,12 @@ import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 
-import arms
 from arms.episodes import Take, layout, length, merge, numbered, outcome, reach
 from arms.keypad import HELP, open_keypad
-from arms.learner import STATS, Acting, Background, Learner, networks
+from arms.learner import STATS, Background, Learner, trained
 from arms.senses import JOINTS, PERIOD, Pace, Senses
-from arms.settings import parse
-from logbook import Interrupt, Logbook, UserError, cli, curve, load_checkpoint
+from arms.settings import open_arm, parse
+from logbook import Interrupt, Logbook, UserError, cli, curve
 
 OPEN = 0.07                                    # gripper opening in metres at action +1
 EVAL_SEED = 1_000_000                          # of evaluation episodes on a simulated arm; training never draws these
@@ -246,12 +244,10 @@ class Rig:
             print(f"{kind.__name__}: the arm holds, then goes to rest", file=sys.stderr, flush=True)
         try:
             self._send(*self.guard.hold("exit"))
-            if not self.stopped:
-                self.move(self.rest, timeout=20)
-        except (OSError, RuntimeError) as problem:
-            print(f"could not go to rest ({problem}): the arm holds where it is", file=sys.stderr, flush=True)
+            if self.stopped or not self.move(self.rest, timeout=20):
+                print("the arm did not go to rest: it holds where it is", file=sys.stderr, flush=True)
         finally:
-            self.armed, self.done = False, True
+            self.done = True
             self.robot.disconnect()
 
     def _prepare(self, view):
@@ -286,7 +282,9 @@ class Rig:
             view = self.senses.read(self.robot)
             joints, gripper, arrived = self.guard.slide(goal, self.guard.gripper, None if view is None else view.joints)
             self._send(joints, gripper)
-            if arrived or self.keypad.poll() == "stop" or self.keypad.gone and not self.auto:
+            self.silent = 0 if view else self.silent + 1
+            self.stopped = self.stopped or self.keypad.poll() == "stop"
+            if arrived or self.stopped or self.silent > 1 / PERIOD:
                 return arrived
             self.pace.wait()
         return False
@@ -297,39 +295,40 @@ class Rig:
         Its outcome is success, fail, timeout, discard, quit or stop. UserError if the arm or the keypad is lost.
         """
         view = self._begin(seed)
-        take, queue, human, since = Take(view.vector), [], act is None, 15 * (act is None)
-        if view and self.args.realtime:
-            self.armed = True
+        take, self.armed = Take(view.vector), self.args.realtime
+        self.queue, self.human, self.since, self.silent = [], act is None, 15 * (act is None), 0
         while take.outcome is None:
             event = "quit" if self.interrupt.stop else self.keypad.poll()
             if event == "pause":
-                human, queue, since = not human, [], 0                     # what is left of a chunk is out of date
+                self.human, self.queue, self.since = not self.human, [], 0   # what is left of a chunk is out of date
             elif event is not None:
                 take.outcome = event
                 break
-            before, requested = view, None
-            if view is not None and (not human or self.teleop is not None):
-                if human:
-                    requested, since = self._teleop(since), since + 1
-                else:
-                    queue = queue or list(act(view.vector))
-                    requested = queue.pop(0)
-            if requested is None:
-                applied = self._send(*self.guard.hold("paused" if view is not None else "stale")) and None
-            else:
-                applied = self._send(*self.guard.step(requested, before.joints))
+            requested, applied = self._command(act, view)
             self.pace.wait()
             view = self.senses.read(self.robot)
             self._complain(view)
-            if applied is not None and view is not None:
-                take.add(applied, requested, view.vector, human)
-            else:
-                queue = []
+            if applied is None or view is None:
+                self.queue = []
                 take.drop(None if view is None else view.vector)
+            else:
+                take.add(applied, requested, view.vector, self.human)
             self._end(take)
         self.armed = False
         self._label(take)
         return take
+
+    def _command(self, act, view):
+        """One command from the newest view: (what was asked for, what really ran), or Nones where it had to hold."""
+        if view is None or (self.human and self.teleop is None):
+            self._send(*self.guard.hold("stale" if view is None else "paused"))
+            return None, None
+        if self.human:
+            requested = self._teleop()
+        else:
+            self.queue = self.queue or list(act(view.vector))
+            requested = self.queue.pop(0)
+        return requested, self._send(*self.guard.step(requested, view.joints))
 
     def _begin(self, seed):
         if hasattr(self.robot, "reset"):
@@ -337,8 +336,9 @@ class Rig:
         else:
             self.move(self.home, timeout=20)
             print("place the object, then press space", flush=True)
-            while (event := self.keypad.wait(0.5)) != "pause":
-                if event in ("quit", "stop") or self.interrupt.stop or self.keypad.gone:
+            while not (self.keypad.gone or self.interrupt.stop) and (event := self.keypad.wait(0.5)) != "pause":
+                if event in ("quit", "stop"):
+                    self.keypad.events.insert(0, event)                      # ends the episode before its first command
                     break
         self.pace.start()
         view = self._fresh()
@@ -352,13 +352,12 @@ class Rig:
             self.pace.wait()
         raise UserError(f"{self.senses.fault}, for five seconds: check power and cables")
 
-    def _teleop(self, since):
+    def _teleop(self):
         """The operator's action; within the first second after a take-over the arm slides towards the operator."""
         goal = self.teleop.get_action()
         action = self.guard.towards([goal[name] for name in JOINTS], goal["gripper.pos"])
-        share = min(1.0, (since + 1) * PERIOD)
-        length = max(np.abs(action[:6]).max(), 1e-9)
-        action[:6] *= min(1.0, share / length)
+        self.since += 1
+        action[:6] *= min(1.0, self.since * PERIOD / max(np.abs(action[:6]).max(), 1e-9))
         return action
 
     def _send(self, joints, gripper):
@@ -381,21 +380,22 @@ class Rig:
         if self.silent > 5 / PERIOD:
             raise UserError(f"{self.senses.fault}, for five seconds: check power and cables, then --resume")
         if self.keypad.gone:
-            raise UserError("the keypad is gone (terminal closed or device unplugged): the running episode is dropped")
+            self.stopped = True
+            raise UserError("the keypad is gone (terminal closed or device unplugged): the arm holds where it is, the "
+                            "running episode is dropped; --resume goes on")
 
     def _end(self, take):
         if self.auto and self.robot.success():
             take.outcome = "success"
-        elif take.steps + take.dropped >= self.args.episode_limit:
+        elif take.steps >= self.args.episode_limit:
             take.outcome = "timeout"
 
     def _label(self, take):
         """Ask once for the label of an episode that ran out of time; no answer means no success."""
         if take.outcome == "timeout" and not self.auto:
             print("time is up, no label: s success, f fail, d discard? (10 s; otherwise no success)", flush=True)
-            event = self.keypad.wait(10)
-            take.outcome = event if event not in (None, "pause") else "timeout"
-        self.stopped = take.outcome == "stop"
+            take.outcome = {None: "timeout", "pause": "timeout"}.get(event := self.keypad.wait(10), event)
+        self.stopped = self.stopped or take.outcome == "stop"
 
     def status(self):
         """For the progress line: periods, watchdog and what the guard had to change so far."""
@@ -432,24 +432,10 @@ def seed_of(args, number):
 @contextlib.contextmanager
 def session(args):
     """The arm, its keypad and its operator, as a Rig that is not entered yet."""
-    options = dict(option.split("=", 1) for option in args.options)
-    if args.robot == "sim":
-        options = {"task": "cube" if args.task == "pick-cube" else "peg", "seed": args.seed, "cameras": args.observe ==
-                   "vision", "realtime": args.realtime} | options
-    robot = arms.make(args.robot, **options)
+    robot, teleop = open_arm(args)
     from arms.kinematics import Kinematics
     senses = Senses(robot, getattr(robot, "kinematics", None) or Kinematics(), Pace(args.realtime), args.observe,
                     args.encoder)
-    teleop = None
-    if args.teleop is not None:
-        module, _, name = args.teleop.partition(":")
-        teleop = getattr(importlib.import_module(module), name)()
-        teleop.connect()
-    elif args.robot == "sim":
-        from arms.teleop import ScriptedExpert
-        teleop = ScriptedExpert(robot, seed=seed_of(args, 0))
-    if args.role == "record" and teleop is None:
-        raise UserError("recording needs someone to tele-operate: --teleop package.module:Class")
     silent = args.keypad == "none" or (args.keypad == "auto" and hasattr(robot, "success"))
     with Interrupt() as interrupt, open_keypad("none" if silent else args.keypad.replace("auto", "terminal")) as keypad:
         if not silent:
@@ -543,16 +529,9 @@ def play(args, rig, task, learner, book, steps, recent):
 def evaluate(args):
     """The policy of args.run_dir over args.episodes, in the same loop; success printed, rows in eval.csv."""
     folder, rows = Path(args.run_dir), []
-    state = load_checkpoint(folder / "last.pt")
     with session(args) as rig:
-        policy, critic = networks(args, layout(args.task, rig.senses.sizes))
-        try:
-            policy.load_state_dict(state["actor"])
-            critic.load_state_dict(state["critic"])
-        except RuntimeError as error:
-            raise UserError(f"{folder}/last.pt is of another arm or size: {str(error).splitlines()[0]}") from error
-        acting = Acting(args, policy, critic)
-        print(f"policy {acting.fingerprint()} after {state['updates']} updates, acting from the {args.act}", flush=True)
+        acting, updates = trained(args, layout(args.task, rig.senses.sizes))
+        print(f"policy {acting.fingerprint()} after {updates} updates, acting from the {args.act}", flush=True)
         with rig:
             while len(rows) < args.episodes:
                 seed = seed_of(args, len(rows))
@@ -565,8 +544,8 @@ def evaluate(args):
                     rows.append({"seed": seed, "success": won, "length": take.steps, "return": float(won)})
                     print(f"{len(rows)}/{args.episodes} {take.outcome}, {take.steps} steps, {rig.status()}", flush=True)
     if rows:
-        book = Logbook(folder, state, COLUMNS)
-        book.evaluation(state["updates"], args.act, rows)
+        book = Logbook(folder, {}, COLUMNS)
+        book.evaluation(updates, args.act, rows)
         book.close()
         print(f"success {sum(row['success'] for row in rows)} of {len(rows)}")
     return rows

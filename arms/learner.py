@@ -75,6 +75,19 @@ class Acting:
         return hashlib.sha256(data).hexdigest()[:8]
 
 
+def trained(args, task):
+    """What acts with the policy in args.run_dir/last.pt, and how many updates it has had."""
+    path, (policy, critic) = Path(args.run_dir) / "last.pt", networks(args, task)
+    state = load_checkpoint(path)
+    try:
+        policy.load_state_dict(state["actor"])
+        critic.load_state_dict(state["critic"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is of another arm or of other sizes ({str(error).splitlines()[0]}): give the flags it "
+                        "was trained with") from error
+    return Acting(args, policy, critic), state["updates"]
+
+
 class Learner:
     """Networks, replay and optimisers; `updates` of stage II so far, `absorbed` episodes, `seen` online steps."""
 

@@ -1,17 +1,20 @@
 """What robot.py can be asked: Tables III and V, our own additions, and the command line over both.
 
-    from arms.settings import Args, parse
+    from arms.settings import Args, open_arm, parse
     args = parse(["train", "--task", "pick-cube"], "what --help says first")      # an Args
+    robot, teleop = open_arm(args)
 
 The paper leaves open where the box is, limits of orientation and speed, what ends a run: those defaults are ours.
 Not here: what the values do (robot.py: arm and episodes; learner.py: stages I and II).
 """
+import importlib
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 import tyro
 
+import arms
 from logbook import UserError, read_args
 
 # Table III: episode limit and box (cm). Table V: the last two, whose batch, rates, N, H and clip follow the VLA rows.
@@ -105,3 +108,32 @@ def parse(argv, description):
     args.run_dir = args.resume or args.run_dir or f"runs/{args.task}-robot-s{args.seed}"
     args.episodes = args.episodes or {"record": 30, "train": 200, "eval": 20}[args.role]
     return args
+
+
+def open_arm(args):
+    """The driver that args.robot names and whoever tele-operates it, or None; nothing moves yet."""
+    options = {}
+    for option in args.options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"--options takes NAME=VALUE, got '{option}'")
+        options[name] = value
+    if args.robot == "sim":
+        task = "cube" if args.task in ("pick-cube", "pick-pen") else "peg"
+        options = {"task": task, "seed": args.seed, "cameras": args.observe == "vision",
+                   "realtime": args.realtime} | options
+    robot, teleop = arms.make(args.robot, **options), None
+    if args.teleop is not None:
+        module, _, name = args.teleop.partition(":")
+        try:
+            teleop = getattr(importlib.import_module(module), name)()
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            raise UserError(f"--teleop {args.teleop}: {error}; it is package.module:Class, made without arguments") \
+                from error
+        teleop.connect()
+    elif args.robot == "sim":
+        from .teleop import ScriptedExpert
+        teleop = ScriptedExpert(robot, seed=args.seed)
+    if args.role == "record" and teleop is None:
+        raise UserError("recording needs someone to tele-operate: --teleop package.module:Class")
+    return robot, teleop
