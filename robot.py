@@ -7,9 +7,8 @@
     python robot.py train --resume runs/pick-cube-robot-s0         # after a kill at most the running episode is lost
 
 `--robot package.module:Class` drives any LeRobot robot that speaks of joint_1.pos .. joint_6.pos (see Arm). Every
-command passes the Guard; the learner runs in a process of its own, so that the 15 Hz loop never waits for it. README,
-"A real arm", comes before the first motion: a hardware emergency stop is not optional, and position control has no
-compliance.
+command passes the Guard; the learner has a process of its own, so that the 15 Hz loop never waits for it. Before the
+first motion read README, "A real arm": a hardware emergency stop is mandatory, position control has no compliance.
 Writes runs/<task>-robot-s<seed>/: args.json, progress.csv, eval.csv, episodes/*.hdf5, last.pt, curve.png.
 
 Not here: drivers and kinematics (arms/), keys (arms/keypad.py), files of episodes (arms/episodes.py), stages I and II
@@ -37,7 +36,6 @@ from arms.settings import open_arm, parse
 from logbook import Interrupt, Logbook, UserError, cli, curve
 
 OPEN = 0.07                                    # gripper opening in metres at action +1
-EVAL_SEED = 1_000_000                          # of evaluation episodes on a simulated arm; training never draws these
 SLACK = 1.02                                   # limits are this much wider than what a full action asks for
 
 
@@ -54,12 +52,12 @@ class Arm(Protocol):
     action_features: dict[str, Any]
     is_connected: bool
     is_calibrated: bool
-    def connect(self, calibrate: bool = True) -> None: ...                            # noqa: E301
-    def calibrate(self) -> None: ...                                                  # noqa: E301
-    def configure(self) -> None: ...                                                  # noqa: E301
-    def get_observation(self) -> dict[str, Any]: ...                                  # noqa: E301
-    def send_action(self, action: dict[str, float]) -> dict[str, float]: ...          # noqa: E301, what was really sent
-    def disconnect(self) -> None: ...                                                 # noqa: E301
+    def connect(self, calibrate: bool = True) -> None: ...
+    def calibrate(self) -> None: ...
+    def configure(self) -> None: ...
+    def get_observation(self) -> dict[str, Any]: ...
+    def send_action(self, action: dict[str, float]) -> dict[str, float]: ...          # what was really sent
+    def disconnect(self) -> None: ...
 
 
 # ---- the guard -------------------------------------------------------------------------------------------------------
@@ -214,12 +212,12 @@ class Rig:
     """The arm between power-on and rest, as a context: episodes run inside, and every way out is hold, rest, release.
 
     One lock for the driver; a watchdog sends the last target again when the loop has been silent for three periods.
+    auto: the simulated arm labels its episodes by success(), nobody is asked.
     """
 
-    def __init__(self, args, robot, senses, keypad, teleop, interrupt):
+    def __init__(self, args, robot, senses, keypad, teleop, interrupt, auto):
         self.args, self.robot, self.senses, self.keypad, self.teleop = args, robot, senses, keypad, teleop
-        self.interrupt, self.pace, self.lock = interrupt, senses.pace, threading.Lock()
-        self.auto = args.keypad == "none" or (args.keypad == "auto" and hasattr(robot, "success"))
+        self.interrupt, self.auto, self.pace, self.lock = interrupt, auto, senses.pace, threading.Lock()
         self.guard = self.rest = None
         self.fed, self.trips, self.armed, self.stopped, self.done = 0.0, 0, False, False, False
         self.told, self.silent = "", 0
@@ -241,11 +239,11 @@ class Rig:
     def __exit__(self, kind, error, _):
         self.armed = False
         if error is not None and not isinstance(error, UserError):
-            print(f"{kind.__name__}: the arm holds, then goes to rest", file=sys.stderr, flush=True)
+            print(f"{kind.__name__}: the arm holds, then goes to rest", file=sys.stderr)
         try:
             self._send(*self.guard.hold("exit"))
             if self.stopped or not self.move(self.rest, timeout=20):
-                print("the arm did not go to rest: it holds where it is", file=sys.stderr, flush=True)
+                print("the arm did not go to rest: it holds where it is", file=sys.stderr)
         finally:
             self.done = True
             self.robot.disconnect()
@@ -262,7 +260,7 @@ class Rig:
                            max_joint_speed=np.radians(args.max_joint_speed), leash=args.leash / 100)
         low, high = np.round(box * 100, 1)
         print(f"box {low} to {high} cm, tool at {np.round(place * 100, 1)} cm, at most {args.max_step} cm and "
-              f"{args.max_turn} degrees per period", flush=True)
+              f"{args.max_turn} degrees per period")
         self.rest = np.asarray(getattr(self.robot, "rest", view.joints), float)
         try:
             self.guard.start(view.joints, view.gripper)
@@ -313,7 +311,10 @@ class Rig:
                 take.drop(None if view is None else view.vector)
             else:
                 take.add(applied, requested, view.vector, self.human)
-            self._end(take)
+            if self.auto and self.robot.success():
+                take.outcome = "success"
+            elif take.steps >= self.args.episode_limit:
+                take.outcome = "timeout"
         self.armed = False
         self._label(take)
         return take
@@ -335,7 +336,7 @@ class Rig:
             self.robot.reset(seed)
         else:
             self.move(self.home, timeout=20)
-            print("place the object, then press space", flush=True)
+            print("place the object, then press space")
             while not (self.keypad.gone or self.interrupt.stop) and (event := self.keypad.wait(0.5)) != "pause":
                 if event in ("quit", "stop"):
                     self.keypad.events.insert(0, event)                      # ends the episode before its first command
@@ -374,7 +375,7 @@ class Rig:
     def _complain(self, view):
         """Say once what is wrong; give up after five seconds. A lost keypad ends the session."""
         if view is None and self.senses.fault != self.told:
-            print(f"HOLDING: {self.senses.fault}", file=sys.stderr, flush=True)
+            print(f"HOLDING: {self.senses.fault}", file=sys.stderr)
         self.told = self.senses.fault if view is None else ""
         self.silent = self.silent + 1 if view is None else 0
         if self.silent > 5 / PERIOD:
@@ -384,26 +385,20 @@ class Rig:
             raise UserError("the keypad is gone (terminal closed or device unplugged): the arm holds where it is, the "
                             "running episode is dropped; --resume goes on")
 
-    def _end(self, take):
-        if self.auto and self.robot.success():
-            take.outcome = "success"
-        elif take.steps >= self.args.episode_limit:
-            take.outcome = "timeout"
-
     def _label(self, take):
         """Ask once for the label of an episode that ran out of time; no answer means no success."""
         if take.outcome == "timeout" and not self.auto:
-            print("time is up, no label: s success, f fail, d discard? (10 s; otherwise no success)", flush=True)
+            print("time is up, no label: s success, f fail, d discard? (10 s; otherwise no success)")
             take.outcome = {None: "timeout", "pause": "timeout"}.get(event := self.keypad.wait(10), event)
         self.stopped = self.stopped or take.outcome == "stop"
 
     def status(self):
         """For the progress line: periods, watchdog and what the guard had to change so far."""
         periods = self.pace.report()
-        text = "period p50 {period_p50:.1f} p99 {period_p99:.1f} max {period_max:.1f} ms, {overruns} late, ".format(
-            **periods) if periods else ""
+        parts = [f"{name.replace('_', ' ')} {value:.0f}" for name, value in periods.items()]
+        parts += [f"watchdog {self.trips}"] * (self.trips > 0)
         changed = ", ".join(f"{name} {count}" for name, count in sorted(self.guard.counts.items()))
-        return f"{text}{f'watchdog {self.trips}, ' if self.trips else ''}guard: {changed or 'nothing'}"
+        return ", ".join([*parts, f"guard: {changed or 'nothing'}"])
 
     def _watch(self):
         while not self.done:
@@ -424,11 +419,6 @@ COLUMNS = ("success", "reward", "length", "dropped", "interventions", "guarded",
            "period_max", "overruns", "version", "updates", "warmup", *STATS)
 
 
-def seed_of(args, number):
-    """Of simulated episode `number`: recording, training and evaluation never share one."""
-    return {"record": 500_000, "train": 0, "eval": EVAL_SEED}[args.role] + 10_000 * args.seed + number
-
-
 @contextlib.contextmanager
 def session(args):
     """The arm, its keypad and its operator, as a Rig that is not entered yet."""
@@ -436,11 +426,10 @@ def session(args):
     from arms.kinematics import Kinematics
     senses = Senses(robot, getattr(robot, "kinematics", None) or Kinematics(), Pace(args.realtime), args.observe,
                     args.encoder)
-    silent = args.keypad == "none" or (args.keypad == "auto" and hasattr(robot, "success"))
-    with Interrupt() as interrupt, open_keypad("none" if silent else args.keypad.replace("auto", "terminal")) as keypad:
-        if not silent:
-            print(HELP, flush=True)
-        yield Rig(args, robot, senses, keypad, teleop, interrupt)
+    auto = hasattr(robot, "success") and args.keypad in ("auto", "none")
+    with Interrupt() as interrupt, open_keypad("none" if auto else args.keypad.replace("auto", "terminal")) as keypad:
+        print("labels come from the simulation" if auto else HELP)
+        yield Rig(args, robot, senses, keypad, teleop, interrupt, auto)
 
 
 def record(args):
@@ -452,15 +441,15 @@ def record(args):
         with rig:
             number = tried = len(numbered(folder))
             while number < args.episodes:
-                take = rig.episode(None, seed_of(args, tried))
+                take = rig.episode(None, args.seed_of(tried))
                 tried += 1
                 if take.outcome in ("quit", "stop"):
                     break
                 if take.outcome == "success":
-                    take.save(folder / f"episode_{number:05d}.hdf5", task, True, seed_of(args, tried - 1))
+                    take.save(folder / f"episode_{number:05d}.hdf5", task, True, args.seed_of(tried - 1))
                     number += 1
                 print(f"{take.outcome} after {take.steps} steps: {number} of {args.episodes} recorded, {tried} tried, "
-                      f"{rig.status()}", flush=True)
+                      f"{rig.status()}")
     if files := numbered(folder):
         print(f"{merge(files, folder.with_suffix('.hdf5'))}; next: python robot.py train --task {args.task}")
 
@@ -470,10 +459,9 @@ def train(args):
     folder = Path(args.run_dir)
     with session(args) as rig:
         task = layout(args.task, rig.senses.sizes)
-        if args.resume:
-            book = Logbook.resume(folder, COLUMNS, task=args.task, method="robot")
         learner = Learner(args, task)                        # refuses missing demonstrations before anything is written
         if args.resume:
+            book = Logbook.resume(folder, COLUMNS, task=args.task, method="robot")
             learner.load_state_dict(book.load("last.pt"), folder / "episodes")
         else:
             book = Logbook.create(folder, dataclasses.asdict(args) | {"method": "robot"}, COLUMNS, args.overwrite)
@@ -506,14 +494,14 @@ def play(args, rig, task, learner, book, steps, recent):
         while len(recent) < args.episodes:
             number, version = len(recent), learner.pull()
             rng, acting = np.random.default_rng([args.seed, 1, number]), learner.acting()
-            take = rig.episode(lambda obs: acting(obs, rng), seed_of(args, number))
+            take = rig.episode(lambda obs: acting(obs, rng), args.seed_of(number))
             if take.outcome in ("quit", "stop"):
                 break
             path = Path(args.run_dir) / "episodes" / f"episode_{number:05d}.hdf5"
-            if take.outcome == "discard" or not take.save(path, task, take.outcome == "success", seed_of(args, number)):
-                print("discarded", flush=True)
+            won = take.outcome == "success"
+            if take.outcome == "discard" or not take.save(path, task, won, args.seed_of(number)):
                 continue
-            recent.append(float(take.outcome == "success"))
+            recent.append(float(won))
             learner.absorb(path)
             learner.check()
             steps, last = steps + take.steps, recent[-20:]
@@ -522,8 +510,7 @@ def play(args, rig, task, learner, book, steps, recent):
                      interventions=take.interventions, guarded=rig.guard.counts.total(), version=version,
                      **rig.pace.report(), **report)
             print(f"episode {number + 1}/{args.episodes} {take.outcome}, {take.steps} steps: success "
-                  f"{np.mean(last):.0%} of the last {len(last)}, {report.get('updates', 0)} updates, {rig.status()}",
-                  flush=True)
+                  f"{np.mean(last):.0%} of the last {len(last)}, {report.get('updates', 0)} updates, {rig.status()}")
 
 
 def evaluate(args):
@@ -531,18 +518,17 @@ def evaluate(args):
     folder, rows = Path(args.run_dir), []
     with session(args) as rig:
         acting, updates = trained(args, layout(args.task, rig.senses.sizes))
-        print(f"policy {acting.fingerprint()} after {updates} updates, acting from the {args.act}", flush=True)
+        print(f"policy {acting.fingerprint()} after {updates} updates, acting from the {args.act}")
         with rig:
             while len(rows) < args.episodes:
-                seed = seed_of(args, len(rows))
-                rng = np.random.default_rng([args.seed, 2, len(rows)])
+                seed, rng = args.seed_of(len(rows)), np.random.default_rng([args.seed, 2, len(rows)])
                 take = rig.episode(lambda obs: acting(obs, rng), seed)
                 if take.outcome in ("quit", "stop"):
                     break
                 if take.outcome != "discard":
                     won = take.outcome == "success"
                     rows.append({"seed": seed, "success": won, "length": take.steps, "return": float(won)})
-                    print(f"{len(rows)}/{args.episodes} {take.outcome}, {take.steps} steps, {rig.status()}", flush=True)
+                print(f"{len(rows)}/{args.episodes} {take.outcome}, {take.steps} steps, {rig.status()}")
     if rows:
         book = Logbook(folder, {}, COLUMNS)
         book.evaluation(updates, args.act, rows)
@@ -553,9 +539,10 @@ def evaluate(args):
 
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv, __doc__)
+    sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(1 if args.realtime else args.threads)          # the loop must not fight the learner for cores
     print(f"{args.role} {args.task} on {args.robot}, preset {args.preset}, "
-          f"{'15 Hz' if args.realtime else 'as fast as it goes'}", flush=True)
+          f"{'15 Hz' if args.realtime else 'as fast as it goes'}")
     return {"record": record, "train": train, "eval": evaluate}[args.role](args)
 
 

@@ -7,6 +7,7 @@
 The paper leaves open where the box is, limits of orientation and speed, what ends a run: those defaults are ours.
 Not here: what the values do (robot.py: arm and episodes; learner.py: stages I and II).
 """
+import argparse
 import importlib
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -83,20 +84,29 @@ class Args:
     threads: int = 1                  # CPU threads of the learner
     device: str = "auto"              # of the learner; the arm's process acts on the CPU
 
+    def seed_of(self, number):
+        """Of simulated episode `number`: recording, training and evaluation never share one."""
+        return {"record": 500_000, "train": 0, "eval": 1_000_000}[self.role] + 10_000 * self.seed + number
+
 
 def parse(argv, description):
     """Command line -> Args: the tables fill the defaults, a resumed run's own arguments come before them."""
-    given = dict(zip(argv, [*argv[1:], ""]))                   # --task and its like are looked at first, so that
-    if "--resume" in given:                                    # --help shows the defaults of this task
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)        # looked at first: --help then shows the
+    for name in ("--task", "--preset", "--seed", "--run-dir", "--resume"):     # defaults of this task
+        first.add_argument(name)
+    given = first.parse_known_args(argv)[0]
+    task, folder = given.task or Args.task, given.resume
+    if argv[:1] == ["eval"]:                                                   # tested as it was trained
+        folder = given.run_dir or f"runs/{task}-robot-s{given.seed or 0}"
+    if folder is not None:
         names = {field.name for field in fields(Args)}
-        known = {name: value for name, value in read_args(given["--resume"]).items() if name in names}
-        default = Args(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()} | {"role": "train"})
+        known = {name: value for name, value in read_args(folder).items() if name in names}
+        known |= {"role": "train"} if given.resume else {"role": "eval", "episodes": 0, "run_dir": folder}
+        default = Args(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
     else:
-        task = given.get("--task", Args.task)
         if task not in TASKS:
             raise UserError(f"unknown task '{task}'; choose one of {', '.join(TASKS)}")
-        preset = given.get("--preset", "auto")
-        preset = preset if preset in PRESETS else "paper" if torch.cuda.is_available() else "cpu"
+        preset = given.preset if given.preset in PRESETS else "paper" if torch.cuda.is_available() else "cpu"
         default = Args(task=task, preset=preset, **TASKS[task] | PRESETS[preset])
     args = tyro.cli(Args, args=argv, default=default, description=description)
     for name in ("episode_limit", "horizon", "max_step", "max_turn", "max_joint_speed", "leash", "cone", "batch_size"):
