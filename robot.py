@@ -26,12 +26,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from scipy.spatial.transform import Rotation
 
 from arms.episodes import Take, layout, length, merge, numbered, outcome, reach
 from arms.keypad import HELP, open_keypad
+from arms.kinematics import Kinematics, rotation_vector
 from arms.learner import STATS, Background, Learner, trained
-from arms.senses import JOINTS, PERIOD, Pace, Senses
+from arms.senses import JOINTS, PERIOD, Pace, Senses, rotation_matrix
 from arms.settings import open_arm, parse
 from logbook import Interrupt, Logbook, UserError, cli, curve
 
@@ -112,7 +112,7 @@ class Guard:
         there = self.kinematics.fk(measured)[0]
         place = there + self._cap(place - there, self.leash, "leash")
         place = base + self._cap(place - base, self.max_step / SLACK, "leash")
-        turn = self._into_cone(Rotation.from_rotvec(turn).as_matrix() @ turned)
+        turn = self._into_cone(rotation_matrix(turn) @ turned)
         aim, *_ = self.kinematics.ik(place, turn, self.joints)
         aim = self._clip(aim, self.low, self.high, "joint range")
         change = aim - self.joints
@@ -147,14 +147,14 @@ class Guard:
         """What the driver really sent becomes the last target. Returns it in action units (7,): the replay's action."""
         (place, turned), (new_place, new_turned) = self.kinematics.fk(self.joints), self.kinematics.fk(joints)
         shift = (new_place - place) * SLACK / self.max_step
-        turn = Rotation.from_matrix(new_turned @ turned.T).as_rotvec() * SLACK / self.max_turn
+        turn = rotation_vector(new_turned @ turned.T) * SLACK / self.max_turn
         self.joints, self.gripper = np.array(joints, float), float(gripper)
         return np.clip([*shift, *turn, 2 * gripper / OPEN - 1], -1, 1).astype(np.float32)
 
     def towards(self, joints, gripper):
         """The action (7,) that leads to a tele-operator's joints (6,) and opening; far away: longer than a step."""
         (place, turned), (goal, goal_turned) = self.kinematics.fk(self.joints), self.kinematics.fk(joints)
-        turn = Rotation.from_matrix(goal_turned @ turned.T).as_rotvec()
+        turn = rotation_vector(goal_turned @ turned.T)
         shift = (goal - place) * SLACK / self.max_step
         return np.array([*shift, *turn * SLACK / self.max_turn, 2 * gripper / OPEN - 1])
 
@@ -162,7 +162,7 @@ class Guard:
         for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.05):
             target = np.clip(self.joints + share * change, self.low, self.high)
             place, turn = self.kinematics.fk(target)
-            angle = Rotation.from_matrix(turn @ turned.T).magnitude()
+            angle = np.linalg.norm(rotation_vector(turn @ turned.T))
             if np.linalg.norm(place - base) <= self.max_step and angle <= self.max_turn and not self.outside(target):
                 return target
             self.counts["shortened"] += 1
@@ -195,7 +195,7 @@ class Guard:
             return turned
         self.counts["cone"] += 1
         back = np.cross(turned[:, 2], self.axis)
-        return Rotation.from_rotvec(back / max(np.linalg.norm(back), 1e-9) * excess).as_matrix() @ turned
+        return rotation_matrix(back / max(np.linalg.norm(back), 1e-9) * excess) @ turned
 
 
 def _finite(values, size):
@@ -423,7 +423,6 @@ COLUMNS = ("success", "reward", "length", "dropped", "interventions", "guarded",
 def session(args):
     """The arm, its keypad and its operator, as a Rig that is not entered yet."""
     robot, teleop = open_arm(args)
-    from arms.kinematics import Kinematics
     senses = Senses(robot, getattr(robot, "kinematics", None) or Kinematics(), Pace(args.realtime), args.observe,
                     args.encoder)
     auto = hasattr(robot, "success") and args.keypad in ("auto", "none")

@@ -101,7 +101,7 @@ class Learner:
         torch.manual_seed(args.seed)
         data = load(files, task)
         self.replay = ChunkReplay(len(data["obs"]) + args.capacity, task.obs_dim, task.action_dim, args.horizon,
-                                  args.discount, self.device)
+                                  args.discount, self.device, args.demo_share)
         self.replay.extend(data | {"reward": data["reward"] + args.reward_offset})
         obs = torch.as_tensor(data["obs"])
         std = torch.maximum(obs.std(0), floor(task))

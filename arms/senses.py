@@ -1,6 +1,6 @@
 """What an arm is asked 15 times a second: absolute deadlines, fresh observations, one vector for the policy.
 
-    from arms.senses import PERIOD, Pace, Senses
+    from arms.senses import PERIOD, Pace, Senses, rotation_matrix
     pace = Pace(realtime=True)
     senses = Senses(arm, kinematics, pace, "auto")            # "state", "vision"
     view = senses.read(arm)                                   # a View, or None; then senses.fault says why
@@ -115,3 +115,11 @@ class Senses:
 
     def _lost(self, why):
         self.fault = why
+
+
+def rotation_matrix(vector):
+    """Axis times angle (3,) rad -> rotation (3, 3), by Rodrigues' formula."""
+    angle = np.linalg.norm(vector)
+    x, y, z = np.asarray(vector, float) / max(angle, 1e-12)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
