@@ -223,7 +223,10 @@ class Rig:
         self.told, self.silent = "", 0
 
     def __enter__(self):
-        self.robot.connect()
+        try:
+            self.robot.connect()
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"the arm does not connect: {error}") from error
         try:
             if hasattr(self.robot, "reset"):
                 self.robot.reset(self.args.seed)
@@ -240,13 +243,16 @@ class Rig:
         self.armed = False
         if error is not None and not isinstance(error, UserError):
             print(f"{kind.__name__}: the arm holds, then goes to rest", file=sys.stderr)
+        release = {}
         try:
             self._send(*self.guard.hold("exit"))
             if self.stopped or not self.move(self.rest, timeout=20):
                 print("the arm did not go to rest: it holds where it is", file=sys.stderr)
+            elif self.args.release:
+                release = {"release": True}
         finally:
             self.done = True
-            self.robot.disconnect()
+            self.robot.disconnect(**release)
 
     def _prepare(self, view):
         args, (place, turned) = self.args, self.senses.kinematics.fk(view.joints)

@@ -84,7 +84,8 @@ class Senses:
         if self.cameras:
             from arms.vision import Encoder
             self.encoder = Encoder(encoder)
-            self.sizes |= {name: self.encoder.size for name in cameras}
+            width = self.encoder.features({"any": np.zeros((64, 64, 3), np.uint8)}).shape[1]
+            self.sizes |= {name: width for name in cameras}
 
     def read(self, robot):
         """One call of the driver, whatever it raises."""
@@ -97,7 +98,8 @@ class Senses:
                                       f"nothing new for {1000 * age:.0f} ms")
             place, turned = self.kinematics.fk(joints)
             parts = [joints, [gripper], place, turned[:, :2].T.ravel(), [raw[name] for name in self.objects]]
-            parts += [self.encoder.features(raw[name]) for name in self.cameras]
+            if self.cameras:
+                parts += [self.encoder.features({name: raw[name] for name in self.cameras}).cpu().numpy()]
             vector = np.concatenate([np.ravel(part) for part in parts]).astype(np.float32)
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             return self._lost(f"no usable observation ({type(error).__name__}: {error})")

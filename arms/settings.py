@@ -59,6 +59,7 @@ class Args:
     max_joint_speed: float = 90.0     # degrees per second of every joint (ours)
     leash: float = 4.0                # cm between the commanded and the measured tool (ours); bounds the force
     recover: bool = False             # start outside the box: go slowly to its middle first
+    release: bool = False             # at the end, at rest, ask the driver to cut the motors' power (piper can)
     act: Literal["policy", "posterior"] = "policy"  # who collects: the policy (paper) or the posterior (ours)
     horizon: int = 4                  # H (Table III)
     hidden: int = 512                 # width of the hidden layers of every network
