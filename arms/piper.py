@@ -124,6 +124,7 @@ class PiperArm:
             return
         self._feeds, self._stopped, self._ready = (_Feed(), _Feed(), _Feed()), False, False
         self._sdk = open_sdk(self.channel, self.bus, self.dh_is_offset)
+        self._watch_sends()
         try:
             if not _wait(lambda: 0 < self._age() < SILENCE, self.timeout):
                 raise ConnectionError(f"no joint and gripper feedback on {self.channel} within {self.timeout:g} s: is "
@@ -181,8 +182,9 @@ class PiperArm:
     def emergency_stop(self) -> None:
         """The firmware's own: the arm stops and sinks slowly. Afterwards only a power cycle brings it back."""
         self._require()
-        self._stopped = True
+        self._stopped, self._unsent = True, 0
         self._sdk.EmergencyStop(1)
+        self._refuse_unsent()
 
     def disconnect(self, release: bool = False) -> None:
         """
@@ -212,9 +214,11 @@ class PiperArm:
         """target (7,) -> what the frames said (7,). The speed goes along each time: other programs may change it."""
         joints = np.rint(np.degrees(np.clip(target[:6], *self._range.T)) * 1000).astype(int).tolist()  # 0.001 degree
         opening = int(np.rint(np.clip(target[6], 0.0, OPENING) * 1e6))  # 0.001 mm
+        self._unsent = 0
         self._sdk.ModeCtrl(0x01, 0x01, self.speed, 0x00)  # CAN control, joint move, no MIT
         self._sdk.JointCtrl(*joints)
         self._sdk.GripperCtrl(opening, int(self.grip * 1000), 0x01, 0x00)
+        self._refuse_unsent()
         return np.append(np.radians(np.array(joints) / 1000), opening / 1e6)
 
     def _measured(self) -> np.ndarray:
@@ -228,6 +232,22 @@ class PiperArm:
         arrivals = [feed.arrival(message.time_stamp) for feed, message in zip(self._feeds, messages, strict=True)]
         return max(time.monotonic() - min(arrivals), 1e-9) if min(arrivals) else np.inf
 
+    def _watch_sends(self) -> None:
+        """Counts the frames that the bus did not take: the SDK only logs them."""
+        bus = self._sdk.GetCanBus()
+        send = bus.SendCanMessage
+
+        def watched(*args, **options):
+            status = send(*args, **options)
+            self._unsent += status is not bus.CAN_STATUS.SEND_MESSAGE_SUCCESS
+            return status
+        bus.SendCanMessage, self._unsent = watched, 0
+
+    def _refuse_unsent(self) -> None:
+        if self._unsent:
+            raise ConnectionError(f"the CAN bus {self.channel} does not take frames: cable, power, bus off? The arm "
+                                  "holds the last target that reached it")
+
     def _require(self) -> None:
         if not self.is_connected:
             raise ConnectionError("the Piper is not connected: call connect() first")
@@ -236,7 +256,7 @@ class PiperArm:
         self._require()
         if self._stopped:
             raise RuntimeError("the Piper was stopped by emergency_stop(): power-cycle it while somebody holds it")
-        if not self._age() < SILENCE or not self._sdk.GetCanBus().is_can_bus_ok():
+        if not self._age() < SILENCE:
             raise ConnectionError(f"no feedback from the Piper on {self.channel} for {self._age():.1f} s: cable, "
                                   "power, bus off? It holds its last target")
         status = self._sdk.GetArmStatus().arm_status
