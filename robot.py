@@ -182,7 +182,7 @@ class Guard:
 
     def _clip(self, value, low, high, name):
         inside = np.clip(value, low, high)
-        if not np.allclose(inside, value, rtol=0, atol=1e-6):
+        if np.abs(inside - value).max() > 1e-6:
             self.counts[name] += 1
         return inside
 
@@ -225,15 +225,14 @@ class Rig:
     def __enter__(self):
         try:
             self.robot.connect()
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"the arm does not connect: {error}") from error
-        try:
             if hasattr(self.robot, "reset"):
                 self.robot.reset(self.args.seed)
             self.pace.start()
             self._prepare(self._fresh())
-        except BaseException:
+        except BaseException as error:
             self.robot.disconnect()
+            if isinstance(error, OSError | RuntimeError):
+                raise UserError(f"the arm does not connect: {error}") from error
             raise
         if self.args.realtime:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -353,11 +352,10 @@ class Rig:
         return view
 
     def _fresh(self):
-        for _ in range(75):
-            if (view := self.senses.read(self.robot)) is not None:
-                return view
+        while (view := self.senses.read(self.robot)) is None:
+            self._complain(view)
             self.pace.wait()
-        raise UserError(f"{self.senses.fault}, for five seconds: check power and cables")
+        return view
 
     def _teleop(self):
         """The operator's action; within the first second after a take-over the arm slides towards the operator."""
@@ -392,7 +390,7 @@ class Rig:
                             "running episode is dropped; --resume goes on")
 
     def _label(self, take):
-        """Ask once for the label of an episode that ran out of time; no answer means no success."""
+        """Ask once for the label of an episode that ran out of time."""
         if take.outcome == "timeout" and not self.auto:
             print("time is up, no label: s success, f fail, d discard? (10 s; otherwise no success)")
             take.outcome = {None: "timeout", "pause": "timeout"}.get(event := self.keypad.wait(10), event)
@@ -476,14 +474,13 @@ def train(args):
         if not learner.pretrain(lambda one: one.save(folder / "last.pt")):
             return
         files = numbered(folder / "episodes")
-        steps, recent = learner.seen, [float(outcome(path) == "success") for path in files]
+        recent, steps = [float(outcome(path) == "success") for path in files], sum(length(path) for path in files)
         book.rewind(steps)
         if args.realtime:
             learner = Background(args, task)
-            steps = sum(length(path) for path in files)
         else:
             for path in files[learner.absorbed:]:
-                steps = learner.absorb(path)
+                learner.absorb(path)
         try:
             play(args, rig, task, learner, book, steps, recent)
         finally:
@@ -535,9 +532,7 @@ def evaluate(args):
                     rows.append({"seed": seed, "success": won, "length": take.steps, "return": float(won)})
                 print(f"{len(rows)}/{args.episodes} {take.outcome}, {take.steps} steps, {rig.status()}")
     if rows:
-        book = Logbook(folder, {}, COLUMNS)
-        book.evaluation(updates, args.act, rows)
-        book.close()
+        Logbook(folder, {}, COLUMNS).evaluation(updates, args.act, rows)
         print(f"success {sum(row['success'] for row in rows)} of {len(rows)}")
     return rows
 
