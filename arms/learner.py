@@ -327,7 +327,7 @@ def serve(settings, task, connection, shared, lock, version):
     """The second process: learn while updates are owed, publish every 20, save now and then and at the end."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)             # the arm's process decides when to stop
-    os.nice(10)
+    os.nice(5)
     args, running = types.SimpleNamespace(**settings), True
     torch.set_num_threads(args.threads)
     folder, path = Path(args.run_dir) / "episodes", Path(args.run_dir) / "last.pt"
