@@ -266,7 +266,7 @@ class Background:
         self.process.start()
         theirs.close()
 
-    def wait(self, seconds=120.0):
+    def wait(self, seconds=300.0):
         """Until the first weights are there; UserError if the process dies first."""
         step = 0.05
         while self.version.value == 0:
@@ -274,7 +274,7 @@ class Background:
             self.check()
             seconds -= step
             if seconds < 0:
-                raise UserError("the learner has not started within two minutes: is the machine overloaded?")
+                raise UserError("the learner has not started within five minutes: is the machine overloaded?")
         self.pull()
 
     def absorb(self, path):

@@ -250,19 +250,28 @@ def test_sigterm_holds_goes_to_rest_and_exits_with_0(tmp_path):
     assert process.returncode == 0 and "Traceback" not in output and "did not go to rest" not in output
 
 
-def test_the_learner_works_in_the_background_and_its_death_is_told(trained, recorded, tmp_path):
-    """In real time: updates happen while episodes run, the period is logged; a dead learner ends the run by name."""
-    base = ["train", *TOY, "--data", str(recorded), "--run-dir", str(tmp_path / "run"), "--episode-limit", "15"]
-    robot.main([*base, "--episodes", "2"])
-    last = rows_of(tmp_path / "run")[-1]
-    assert 40 < float(last["period_p50"]) < 100 and float(last["period_p99"]) > 0 and int(last["version"]) >= 1
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["updates"] > 0
-    args = parse([*base, "--resume", str(tmp_path / "run")], "")
-    learner = Background(args, layout("insert-usb", {"joints": 6, "gripper": 1, "eef": 9, "object": 4}))
-    learner.wait()
-    learner.process.kill()
+class Mortal(Background):
+    """Learns until its second episode, then is killed."""
+
+    def absorb(self, path):
+        super().absorb(path)
+        if path.stem.endswith("1"):
+            end = time.monotonic() + 120
+            while not self.report().get("updates") and time.monotonic() < end:
+                time.sleep(0.05)
+            self.process.kill()
+            self.process.join()
+
+
+def test_the_learner_works_in_the_background_and_its_death_is_told(recorded, tmp_path, monkeypatch):
+    """In real time: updates happen in another process, the period is logged; a dead learner ends the run by name."""
+    monkeypatch.setattr(robot, "Background", Mortal)
+    command = ["train", *TOY, "--data", str(recorded), "--run-dir", str(tmp_path / "run"), "--episode-limit", "15"]
     with pytest.raises(UserError, match="learner process has died.*--resume"):
-        learner.check(sure=True)
+        robot.main([*command, "--episodes", "4"])
+    first = rows_of(tmp_path / "run")[0]
+    assert 50 < float(first["period_p50"]) < 90 and float(first["period_p99"]) > 0 and int(first["version"]) >= 1
+    assert len(numbered(tmp_path / "run" / "episodes")) == 2                     # both are on disk all the same
 
 
 @pytest.mark.parametrize("command, found", [
