@@ -86,6 +86,17 @@ def test_no_command_leaves_the_limits_whatever_comes_in(commands):
         assert np.isfinite(applied).all() and np.abs(applied).max() <= 1 and applied.shape == (7,)
 
 
+@pytest.mark.parametrize("corner", [(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
+def test_driven_into_every_corner_of_the_box_and_of_the_cone_it_stays_inside(corner):
+    guard = make_guard(ROUGH)
+    for count in range(60):
+        before, opening = guard.joints, guard.gripper
+        target, gripper = guard.step([*corner, *np.roll(corner, count // 15), 1], before)
+        assert violated(before, target, opening, gripper) == []
+        guard.sent(target, gripper)
+    assert guard.counts["box"] and guard.counts["shortened"]
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_hostile_commands_break_no_limit():
     """Bursts in one direction, noise, corners of the box, garbage; the arm follows, lags, is held fast or lies."""

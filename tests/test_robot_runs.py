@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import robot
-from arms.episodes import layout, load, merge, numbered, outcome, reach
+from arms.episodes import Take, layout, load, merge, numbered, outcome, reach
 from arms.keypad import ScriptedPad
 from arms.learner import Background
 from arms.senses import JOINTS, PERIOD, Pace, Senses
@@ -56,15 +56,26 @@ def test_a_frozen_arm_holds_is_reported_and_leaves_no_hole_in_the_data(tmp_path,
     scene = Scene(at={8: lambda s: s.arm.freeze_state(), 14: lambda s: s.arm.freeze_state(False)}, limit=20)
     asked = []
     with scene.rig as rig:
-        take = rig.episode(lambda obs: asked.append(obs) or still(obs) + 0.3, 0)
+        take = rig.episode(lambda obs: asked.append(len(scene.sent)) or still(obs) + 0.3, 0)
     assert "HOLDING: the arm is silent or frozen" in capfd.readouterr().err
     assert take.dropped >= 5 and take.steps == 20 and len(take.pieces) == 2
-    assert np.ptp(scene.sent[11:14], axis=0).max() == 0                          # it held
+    assert np.ptp(scene.sent[10:15], axis=0).max() == 0                          # it held
+    assert asked[:4] == [0, 4, 8, 15]                                            # then a new chunk, not what was left
     assert take.save(tmp_path / "episode_00000.hdf5", scene.task, False)
     rows = load([tmp_path / "episode_00000.hdf5"], scene.task)
     assert rows["truncated"].sum() == 2 and not rows["terminated"].any()
     joined = ~rows["truncated"].astype(bool)[:-1]                                # within a piece steps join exactly
     np.testing.assert_array_equal(rows["next_obs"][:-1][joined], rows["obs"][1:][joined])
+
+
+def test_a_success_after_a_hole_is_not_put_on_the_step_before_it(tmp_path):
+    obs, action = np.zeros(20), np.zeros(7)
+    take = Take(obs)
+    take.add(action, action, obs)
+    take.drop(obs)
+    take.save(tmp_path / "one.hdf5", layout("insert-usb", {"joints": 6, "gripper": 1, "eef": 9, "object": 4}), True)
+    with h5py.File(tmp_path / "one.hdf5") as file:
+        assert list(file["data"]) == ["demo_0"] and file["data/demo_0/rewards"][:].tolist() == [0]
 
 
 def test_an_unplugged_arm_ends_the_session_in_one_line_and_is_left_holding(capfd):
@@ -117,10 +128,10 @@ def test_labels(events, expected, reward, tmp_path):
 def test_a_take_over_is_smooth_flagged_and_forgets_the_rest_of_the_chunk(tmp_path):
     scene, chunks = Scene([None] * 6 + ["pause"] + [None] * 9 + ["pause"], limit=20), []
     with scene.rig as rig:
-        take = rig.episode(lambda obs: chunks.append(obs) or still(obs), 3)
+        take = rig.episode(lambda obs: chunks.append(len(scene.sent)) or still(obs), 3)
     flags = np.array(take.pieces[0]["intervention"])
     assert flags.tolist() == [0] * 6 + [1] * 10 + [0] * 4
-    assert len(chunks) == 3                                                      # at 0, 4 and, a new one, at 16
+    assert chunks == [0, 4, 16]                                                  # at 16 a new one
     asked = np.abs(np.array(take.pieces[0]["requested"])[6:16, :6]).max(1)
     assert (asked <= (np.arange(10) + 1) * PERIOD + 1e-6).all() and asked[-1] > 0.1
     take.save(tmp_path / "episode_00000.hdf5", scene.task, False)
@@ -210,8 +221,11 @@ def test_the_whole_path_learns_logs_and_evaluates_what_was_trained(trained, reco
 
 
 def test_a_run_killed_between_episodes_continues_bitwise(trained, recorded, tmp_path):
-    """4 episodes == 2 + resume + 2, though the checkpoint is older than the newest episode on disk."""
+    """4 episodes == 2 + resume + 1 + kill + resume + 1, where the checkpoint is older than the last episode."""
     train(tmp_path / "run", recorded, "--episodes", "2")
+    old = (tmp_path / "run" / "last.pt").read_bytes()
+    train(tmp_path / "run", recorded, "--resume", str(tmp_path / "run"), "--episodes", "3")
+    (tmp_path / "run" / "last.pt").write_bytes(old)
     (tmp_path / "run" / "episodes" / ".episode_00002.hdf5.1.part").write_bytes(b"torn")       # what a kill leaves
     train(tmp_path / "run", recorded, "--resume", str(tmp_path / "run"), "--episodes", "4")
     one, other = (load_checkpoint(folder / "last.pt") for folder in (trained, tmp_path / "run"))
