@@ -7,10 +7,11 @@ The same arm without hardware: the Piper's kinematics in MuJoCo, a table and two
     sent = arm.send_action({"joint_1.pos": 0.1, ..., "gripper.pos": 0.0})      # rad, metres; returns what was sent
     arm.get_observation()["object.x"], arm.success()
 
-One control period (1/15 s) takes 2 ms without cameras. With realtime=True simulated time follows the clock, as an arm
-does; otherwise every send_action advances one period and an episode is a function of (reset seed, actions), bitwise.
-peg: a square peg, clamped in the hand for good, into a socket `clearance` metres wider on each side, 2 cm
-deep. cube: a 4 cm cube, lifted by 8 cm. Objects start within Table III's ranges (Insert USB, Pick Cube).
+One control period (1/15 s) takes 2 ms, two pictures by a software renderer 20 ms more. With realtime=True simulated
+time follows the clock, as an arm does; otherwise every send_action advances one period and an episode is a function of
+(reset seed, actions), bitwise. Objects start within Table III's ranges (Insert USB, Pick Cube).
+peg: a square peg, clamped in the hand for good, goes 2 cm into a socket that is `clearance` metres wider on each side.
+cube: a 4 cm cube is lifted by 8 cm.
 Ours, since no arm has them: reset, success, observe, object.*, and the faults freeze_state, freeze_cameras, unplug.
 Not here: the safety guard and the loop (robot.py), the scripted expert (teleop.py), the real arm (piper.py).
 """
@@ -57,11 +58,13 @@ def _scene(task: str, clearance: float) -> str:
     peg = (f'<geom class="hand" name="peg" type="box" pos="0 0 {PEG_LENGTH / 2 - 0.01}" '
            f'size="{PEG} {PEG} {PEG_LENGTH / 2 + 0.01}" friction="0.4 0.05 0.001" rgba=".9 .7 .1 1"/>')
     eye = '<camera name="wrist" pos="0.07 0 -0.06" xyaxes="0 1 0 0.8 0 0.6" fovy="70"/>'
-    world = ('<light pos="0.3 0.5 1.5" dir="0 -0.3 -1"/><light pos="0.8 -0.4 1.2" dir="-0.4 0.3 -1"/>'
+    world = ('<light pos="0.3 0.5 1.5" dir="0 -0.3 -1" castshadow="false"/>'
+             '<light pos="0.8 -0.4 1.2" dir="-0.4 0.3 -1" castshadow="false"/>'
              f'<geom type="box" name="table" pos="0.3 0 {TABLE - 0.02}" size="0.35 0.4 0.02" rgba=".6 .5 .4 1"/>'
-             f'<camera name="front" pos="0.75 0 0.15" xyaxes="0 1 0 -0.45 0 0.9" fovy="45"/>{body}')
+             f'<camera name="front" pos="0.75 0 0.15" xyaxes="0 1 0 -0.45 0 0.9" fovy="35"/>{body}')
     options = (f'<option timestep="{PERIOD / SUBSTEPS!r}" integrator="implicitfast" cone="elliptic" impratio="10"/>'
-               '<statistic center="0.3 0 0" extent="0.6"/><visual><global offwidth="640" offheight="640"/></visual>')
+               '<statistic center="0.3 0 0" extent="0.6"/><visual><global offwidth="640" offheight="640"/>'
+               '<quality shadowsize="0" offsamples="0"/></visual>')
     return mjcf(hand=eye + (peg if task == "peg" else ""), world=world, options=options)
 
 

@@ -222,6 +222,15 @@ def test_the_peg_stops_on_the_rim_and_goes_through_the_hole():
         assert arm.success() == inside and (tip - hole[2] < -0.02) == inside and tip - hole[2] > -0.03
 
 
+def test_a_peg_as_deep_beside_the_socket_is_no_success():
+    arm = simulated()
+    arm.reset(0)
+    hole = np.array([arm.observe()[key] for key in OBJECT[:3]])
+    arm._data.qpos[:6] = arm.kinematics.ik(hole + [-0.06, 0, 0.015], DOWN, arm.home)[0]
+    arm._mujoco.mj_forward(arm._model, arm._data)
+    assert arm._data.site("tcp").xpos[2] - 0.04 < hole[2] - 0.02 and not arm.success()
+
+
 def test_success_of_the_cube_is_its_height():
     arm = simulated(task="cube")
     arm.reset(0)
@@ -403,9 +412,26 @@ def test_weights_come_from_a_file(tmp_path, capsys):
     assert torch.equal(Encoder(tmp_path / "again.pt").features(pictures()), encoder.features(pictures()))
 
 
+class Trap:
+    """A file with it, read carelessly, leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    torch.save({"conv1.weight": Trap(tmp_path / "sprung")}, tmp_path / "trap.pt")
+    with pytest.raises(UserError, match="trap.pt"):
+        Encoder(tmp_path / "trap.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
 def test_wrong_files_are_refused_by_name(tmp_path):
     state = ResNet10().state_dict()
-    cases = {"junk.pt": b"not a file of weights", "list.pt": [torch.zeros(3)], "code.pt": Encoder,
+    cases = {"junk.pt": b"not a file of weights", "list.pt": [torch.zeros(3)],
              "short.pt": {name: value for name, value in state.items() if "layer4" not in name},
              "nan.pt": state | {"bn1.weight": torch.full((64,), torch.nan)}}
     for name, content in cases.items():
