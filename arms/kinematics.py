@@ -13,6 +13,8 @@ Not here: dynamics and tasks (sim.py), limits of the workspace and of speeds (ro
 """
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 import envs
@@ -81,9 +83,15 @@ def mjcf(hand: str = "", world: str = "", options: str = "", dh_is_offset: int =
 <actuator>{servos}</actuator></mujoco>"""
 
 
+@functools.cache
+def _mujoco():
+    """Imported once: the import machinery is slower than the whole FK."""
+    return envs._import("mujoco", False)
+
+
 def rotation_vector(rotation: np.ndarray) -> np.ndarray:
     """Axis times angle (3,) in radians of a rotation matrix (3, 3); exact also near half a turn."""
-    mujoco = envs._import("mujoco", False)
+    mujoco = _mujoco()
     quaternion, vector = np.empty(4), np.empty(3)
     mujoco.mju_mat2Quat(quaternion, np.ascontiguousarray(rotation, dtype=np.float64).ravel())
     mujoco.mju_quat2Vel(vector, quaternion, 1.0)
@@ -97,7 +105,7 @@ class Kinematics:
     """
 
     def __init__(self, dh_is_offset: int = 1, tool: float = TOOL):
-        self._mujoco = mujoco = envs._import("mujoco", False)
+        self._mujoco = mujoco = _mujoco()
         self._model = mujoco.MjModel.from_xml_string(mjcf(dh_is_offset=dh_is_offset, tool=tool))
         self._data = mujoco.MjData(self._model)
         self._site, self.limits = self._model.site("tcp").id, limits()  # (6, 2) radians

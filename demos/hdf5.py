@@ -17,7 +17,7 @@ from envs import TASKS, Task, get_task
 
 
 def save(path, task: Task, env_args: dict, episodes: list[dict]) -> Path:
-    """Atomic: a reader finds the old file or the whole new one. Each episode: obs (T+1, D), action, success, states."""
+    """Atomic: a reader finds the old file or the whole new one. Each episode: obs (T+1, D), action, success, states, extra."""
     import h5py
 
     path = Path(path)
@@ -51,6 +51,8 @@ def _save_episode(group, task: Task, episode: dict) -> None:
     group["rewards"] = np.array([task.reward(one) for one in success], np.float32)
     group["dones"] = success.astype(np.int64)
     group["states"] = episode["states"]
+    for key, value in episode.get("extra", {}).items():  # one row per step, for whoever reads more than robomimic does
+        group[key] = value
     group.attrs["num_samples"] = len(success)
     group.attrs["seed"] = episode["seed"]  # reset(seed) and these actions replay the demonstration exactly
 

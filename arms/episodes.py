@@ -1,0 +1,139 @@
+"""Episodes of an arm on disk: one robomimic HDF5 file each, complete or not there, and what is read back from them.
+
+    from arms.episodes import Take, layout, load, merge, numbered, reach
+    take = Take(obs)                                  # the first observation, (D,)
+    take.add(action, requested, obs, intervention)    # one step: what ran, what was asked for, what came of it
+    take.drop(obs)                                    # a step was lost: what follows is another piece
+    take.save(path, layout("pick-cube", sizes), success=True)
+    transitions = load([path, ...], layout("pick-cube", sizes))
+
+A step whose observation was stale is not stored; the episode then consists of several demonstrations, `demo_0`,
+`demo_1`, ..., each without a hole, so no chunk ever crosses one. Besides robomimic's own keys each has `intervention`
+(T,) and `requested` (T, A). Needs h5py. Not here: the control loop (robot.py), the format itself (demos/hdf5.py).
+
+Shapes: T steps, D observation, A action.
+"""
+import re
+from pathlib import Path
+
+import numpy as np
+
+from demos import hdf5
+from envs import Task
+from logbook import UserError
+
+
+class Take:
+    """One episode being played. `outcome`: how it ended; `steps`, `dropped`, `interventions`: counts of steps."""
+
+    def __init__(self, obs):
+        self.pieces, self.outcome = [self._piece(obs)], None
+        self.dropped = 0
+
+    @staticmethod
+    def _piece(obs):
+        return {"obs": [obs], "action": [], "requested": [], "intervention": []}
+
+    def add(self, action, requested, obs, intervention=False):
+        """One step: action (A,) as it ran, requested (A,) before the guard, obs (D,) at the end of its period."""
+        piece = self.pieces[-1]
+        for name, value in (("action", action), ("requested", requested), ("obs", obs), ("intervention", intervention)):
+            piece[name].append(np.asarray(value, np.float32))
+
+    def drop(self, obs):
+        """A step was lost; obs (D,) is what it ended with, or None if not even that is known."""
+        self.dropped += 1
+        if obs is not None and self.pieces[-1]["action"]:
+            self.pieces.append(self._piece(obs))
+        elif obs is not None:
+            self.pieces[-1] = self._piece(obs)
+
+    @property
+    def steps(self):
+        return sum(len(piece["action"]) for piece in self.pieces)
+
+    @property
+    def interventions(self):
+        return int(sum(np.sum(piece["intervention"]) for piece in self.pieces))
+
+    def save(self, path, task, success, seed=0):
+        """Write the episode to `path`, atomically; success is the label of its last step. False if it has no step."""
+        pieces, demos = [piece for piece in self.pieces if piece["action"]], []
+        for piece in pieces:
+            steps = len(piece["action"])
+            met = np.zeros(steps, bool)
+            met[-1] = success and piece is self.pieces[-1]    # never on a step before a hole
+            requested = np.nan_to_num(np.stack(piece["requested"]), posinf=0.0, neginf=0.0)
+            demos.append({"obs": np.stack(piece["obs"]).astype(np.float32), "action": np.stack(piece["action"]),
+                          "success": met, "seed": seed, "states": np.zeros((steps, 0), np.float32),
+                          "extra": {"intervention": np.array(piece["intervention"], bool), "requested": requested}})
+        if demos:
+            hdf5.save(path, task, {"env_name": task.env_name, "env_kwargs": {}, "outcome": self.outcome}, demos)
+        return bool(demos)
+
+
+def layout(name, sizes, action_dim=7):
+    """The columns of an observation, sizes = {key: width}, as the task that demos.hdf5 reads and writes."""
+    return Task(name=name, suite="arm", env_name=f"arm-{name}", obs_dim=sum(sizes.values()), action_dim=action_dim,
+                episode_limit=0, obs_keys=tuple(sizes), obs_sizes=tuple(sizes.values()), description="")
+
+
+def numbered(folder):
+    """The episode files of a folder in the order they were played."""
+    return sorted(Path(folder).glob("episode_*.hdf5"), key=lambda path: int(re.sub(r"\D", "", path.stem)))
+
+
+def load(paths, task):
+    """All steps of these files in order, as demos.hdf5.load gives them. UserError when a file does not fit the task."""
+    try:
+        parts = [hdf5.load(path, task) for path in paths]
+    except (ValueError, OSError) as error:
+        raise UserError(f"{error} (this arm's observation is "
+                        f"{', '.join(f'{k} {n}' for k, n in zip(task.obs_keys, task.obs_sizes))})") from error
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def outcome(path):
+    """How the episode of this file ended."""
+    return hdf5.env_args(path).get("outcome")
+
+
+def length(path):
+    """Steps of this file."""
+    import h5py
+    with h5py.File(path, "r") as file:
+        return int(file["data"].attrs["total"])
+
+
+def reach(paths):
+    """Where the tool has been in these episodes: lowest and highest place (2, 3) metres."""
+    import h5py
+    places = []
+    for path in paths:
+        with h5py.File(path, "r") as file:
+            places += [file["data"][name]["obs/eef"][:, :3] for name in hdf5.names(file)]
+    if not places:
+        raise UserError("--box-from-demos: there are no recorded episodes in --data")
+    places = np.concatenate(places)
+    return np.array([places.min(0), places.max(0)])
+
+
+def merge(paths, out):
+    """One file of many, atomically: what robomimic's own SequenceDataset opens. Returns its path."""
+    import h5py
+    out = Path(out)
+    partial, total, keys = out.with_name(f".{out.name}.part"), 0, []
+    with h5py.File(partial, "w") as file:
+        data = file.create_group("data")
+        for path in paths:
+            with h5py.File(path, "r") as source:
+                for name, value in source["data"].attrs.items():
+                    data.attrs[name] = value
+                for name in hdf5.names(source):
+                    keys.append(f"demo_{len(keys)}")
+                    source.copy(source["data"][name], data, keys[-1])
+                    total += int(source["data"][name].attrs["num_samples"])
+        data.attrs["total"] = total
+        file.create_dataset("mask/train", data=np.array(keys, dtype="S"))
+    partial.replace(out)
+    return out

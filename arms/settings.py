@@ -1,0 +1,151 @@
+"""What robot.py can be asked: Tables III and V, our own additions, and the command line over both.
+
+    from arms.settings import Args, open_arm, parse
+    args = parse(["train", "--task", "pick-cube"], "what --help says first")      # an Args
+    robot, teleop = open_arm(args)
+
+The paper leaves open where the box is, limits of orientation and speed, what ends a run: those defaults are ours.
+Not here: what the values do (robot.py: arm and episodes; learner.py: stages I and II).
+"""
+import argparse
+import importlib
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import tyro
+
+import arms
+from logbook import UserError, read_args
+
+# Table III: episode limit and box (cm). Table V: the last two, whose batch, rates, N, H and clip follow the VLA rows.
+VLA = dict(episode_limit=200, box_size=(40, 40, 40), horizon=10, batch_size=64, online_learning_rate=5e-5,
+           warmup_updates=2000, num_candidates=16, clip=0.01)
+TASKS = {"pick-cube": dict(episode_limit=200, box_size=(40, 40, 30)),
+         "route-cable": dict(episode_limit=150, box_size=(20, 30, 30)),
+         "insert-usb": dict(episode_limit=200, box_size=(20, 15, 15)),
+         "assemble-ssd": dict(episode_limit=180, box_size=(12, 15, 15)), "pick-pen": VLA, "hang-keychain": VLA}
+PRESETS = {"paper": {}, "cpu": dict(                                       # ours: minutes on a laptop
+    hidden=256, layers=3, flow_steps=5, batch_size=128, online_learning_rate=3e-4, critic_learning_rate=1e-3,
+    num_candidates=8, pretrain_steps=5000, warmup_updates=2000, capacity=10_000, reward_offset=-0.01, demo_share=0.5,
+    temperature=0.01, clip=0.6, policy_tau=0.005, episode_limit=100)}
+
+
+@dataclass
+class Args:
+    role: tyro.conf.Positional[Literal["record", "train", "eval"]] = "train"  # demonstrations; stages I and II; test
+    task: str = "insert-usb"          # Table III and V: limits and sizes follow
+    preset: Literal["auto", "paper", "cpu"] = "auto"  # paper: the tables to the letter; auto: paper if there is a GPU
+    robot: str = "sim"                # sim, piper or package.module:Class
+    options: tuple[str, ...] = ()     # NAME=VALUE ... for the driver's constructor, such as channel=can1
+    teleop: str | None = None         # package.module:Class with get_action() -> joint targets; sim: an expert
+    keypad: str = "auto"              # terminal, /dev/input/by-id/... or none; auto: none where the arm knows success
+    realtime: bool = True             # False, simulated arm only: at full speed, learning between the episodes
+    seed: int = 0                     # of networks, batches and simulated episodes
+    episodes: int = 0                 # to record, to have trained on, to evaluate; 0: 30, 200, 20 (ours)
+    episode_limit: int = 200          # steps until an episode is truncated
+    data: str | None = None           # folder of recorded episodes; default data/<task>-<robot>
+    run_dir: str | None = None        # default runs/<task>-robot-s<seed>
+    resume: str | None = None         # continue this run folder where it stopped
+    overwrite: bool = False           # replace a run that is already in run_dir
+    observe: Literal["auto", "state", "vision"] = "auto"  # vision: cameras instead of the simulator's object poses
+    encoder: str | None = None        # weights of the ResNet-10; without: fixed random ones, with a warning
+    box_center: tuple[float, float, float] | None = None  # cm, in the arm's base frame; default: where the tool starts
+    box_size: tuple[float, float, float] = (40, 40, 30)  # cm (Table III)
+    box_from_demos: bool = False      # the box of the recorded episodes and 2 cm around it
+    cone: float = 30.0                # degrees between the tool's axis and where it pointed at the start (ours)
+    max_step: float = 1.5             # cm of the tool per period at full action (ours): 22 cm/s
+    max_turn: float = 4.0             # degrees of the tool per period at full action (ours)
+    max_joint_speed: float = 90.0     # degrees per second of every joint (ours)
+    leash: float = 4.0                # cm between the commanded and the measured tool (ours); bounds the force
+    recover: bool = False             # start outside the box: go slowly to its middle first
+    release: bool = False             # at the end, at rest, ask the driver to cut the motors' power (piper can)
+    act: Literal["policy", "posterior"] = "policy"  # who collects: the policy (paper) or the posterior (ours)
+    horizon: int = 4                  # H (Table III)
+    hidden: int = 512                 # width of the hidden layers of every network
+    layers: int = 4                   # hidden layers of every network
+    flow_steps: int = 10              # K
+    batch_size: int = 256             # chunks per update
+    learning_rate: float = 3e-4       # Adam, in stage I
+    online_learning_rate: float = 3e-4  # Adam, policy in stage II
+    critic_learning_rate: float = 3e-4  # Adam, critic
+    pretrain_steps: int = 20_000      # stage I gradient steps (Table III)
+    warmup_updates: int = 5000        # first updates with a frozen actor (Table III)
+    updates_per_step: float = 1.0     # updates per control step; the learner never does more
+    num_candidates: int = 32          # N
+    temperature: float = 0.001        # eta
+    guidance: float = 1.0             # beta
+    clip: float = 0.1                 # zeta (Table III: 0.08 to 0.1)
+    discount: float = 0.99            # gamma
+    tau: float = 0.005                # rate of the target critic's moving average
+    policy_tau: float = 1.0           # rate of the acting policy's moving average; 1: the newest weights (paper)
+    reward_offset: float = 0.0        # added to every reward
+    demo_share: float | None = None   # share of every batch from the demonstrations; None: uniform over all (paper)
+    capacity: int = 100_000           # online steps kept beside the demonstrations
+    save_every: int = 500             # updates between checkpoints
+    threads: int = 1                  # CPU threads of the learner
+    device: str = "auto"              # of the learner; the arm's process acts on the CPU
+
+    def seed_of(self, number):
+        """Of simulated episode `number`: recording, training and evaluation never share one."""
+        return {"record": 500_000, "train": 0, "eval": 1_000_000}[self.role] + 10_000 * self.seed + number
+
+
+def parse(argv, description):
+    """Command line -> Args: the tables fill the defaults, a resumed run's own arguments come before them."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)        # looked at first: --help then shows the
+    for name in ("--task", "--preset", "--seed", "--run-dir", "--resume"):     # defaults of this task
+        first.add_argument(name)
+    given = first.parse_known_args(argv)[0]
+    task, folder = given.task or Args.task, given.resume
+    if argv[:1] == ["eval"]:                                                   # tested as it was trained
+        folder = given.run_dir or f"runs/{task}-robot-s{given.seed or 0}"
+    if folder is not None:
+        names = {field.name for field in fields(Args)}
+        known = {name: value for name, value in read_args(folder).items() if name in names}
+        known |= {"role": "train"} if given.resume else {"role": "eval", "episodes": 0, "run_dir": folder}
+        default = Args(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
+    else:
+        if task not in TASKS:
+            raise UserError(f"unknown task '{task}'; choose one of {', '.join(TASKS)}")
+        preset = given.preset if given.preset in PRESETS else "paper" if torch.cuda.is_available() else "cpu"
+        default = Args(task=task, preset=preset, **TASKS[task] | PRESETS[preset])
+    args = tyro.cli(Args, args=argv, default=default, description=description)
+    for name in ("episode_limit", "horizon", "max_step", "max_turn", "max_joint_speed", "leash", "cone", "batch_size"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
+    if not args.realtime and args.robot != "sim":
+        raise UserError(f"--no-realtime is for the simulated arm: {args.robot} cannot wait for the learner")
+    args.data = args.data or f"data/{args.task}-{args.robot.rpartition(':')[2]}"
+    args.run_dir = args.resume or args.run_dir or f"runs/{args.task}-robot-s{args.seed}"
+    args.episodes = args.episodes or {"record": 30, "train": 200, "eval": 20}[args.role]
+    return args
+
+
+def open_arm(args):
+    """The driver that args.robot names and whoever tele-operates it, or None; nothing moves yet."""
+    options = {}
+    for option in args.options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"--options takes NAME=VALUE, got '{option}'")
+        options[name] = value
+    if args.robot == "sim":
+        task = "cube" if args.task in ("pick-cube", "pick-pen") else "peg"
+        options = {"task": task, "seed": args.seed, "cameras": args.observe == "vision",
+                   "realtime": args.realtime} | options
+    robot, teleop = arms.make(args.robot, **options), None
+    if args.teleop is not None:
+        module, _, name = args.teleop.partition(":")
+        try:
+            teleop = getattr(importlib.import_module(module), name)()
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            raise UserError(f"--teleop {args.teleop}: {error}; it is package.module:Class, made without arguments") \
+                from error
+        teleop.connect()
+    elif args.robot == "sim":
+        from .teleop import ScriptedExpert
+        teleop = ScriptedExpert(robot, seed=args.seed)
+    if args.role == "record" and teleop is None:
+        raise UserError("recording needs someone to tele-operate: --teleop package.module:Class")
+    return robot, teleop
