@@ -31,8 +31,9 @@ from torch.nn import functional as F
 
 import demos
 import envs
+from adapters.backbone import Backbone, tiny_backbone
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
-from demos.views import View, demo_images
+from demos.views import Seeing, View, see_demonstrations
 from flow_policy import FlowPolicy
 from logbook import (Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint, read_args,
                      refuse_nonfinite)
@@ -42,113 +43,6 @@ from replay import ChunkReplay
 INSTRUCTIONS = {"lift": "lift the red cube", "can": "put the can into its bin", "square": "put the nut on the peg",
                 "pick-pen": "pick up the pen and put it into the holder",
                 "hang-keychain": "hang the keychain on the hook"}
-# What surrounds image and instruction in the prompt, by the family of the model.
-PROMPTS = {"smolvlm": ("<|im_start|>User:", "<fake_token_around_image><global-img>{}<fake_token_around_image>",
-                       "{}<end_of_utterance>\nAssistant:"),
-           "paligemma": ("", "{}", "<bos>{}\n")}
-PROMPTS["idefics3"] = PROMPTS["smolvlm"]                   # the first SmolVLM checkpoints
-
-
-# ---- the frozen backbone ---------------------------------------------------------------------------------------------
-
-class Backbone:
-    """A frozen vision-language model with its prompt: images -> hidden states (B, L, W), one row per state.
-
-    Not a module, so a head that refers to it neither trains, saves nor copies it: copies share it. It counts its
-    `calls` and the `rows` it encoded. Raises UserError for a folder without a complete model.
-    """
-
-    def __init__(self, model: nn.Module, instruction: str, views: int, tokenizer=None):
-        self.model, self.views, self.calls, self.rows = model.eval().requires_grad_(False), views, 0, 0
-        config, vision = model.config, model.config.vision_config
-        self.family, self.size, self.width = config.model_type, vision.image_size, config.text_config.hidden_size
-        self.image_token = config.image_token_id
-        self.image_tokens = (self.size // vision.patch_size) ** 2 // getattr(config, "scale_factor", 1) ** 2
-        self.prompt = torch.tensor([self._prompt(instruction, tokenizer)])                       # (1, L)
-        self.length = self.prompt.shape[1]
-
-    @classmethod
-    def load(cls, folder, instruction: str, views: int = 1, device="cpu", dtype=None) -> "Backbone":
-        """A SmolVLM or PaliGemma from a local folder; nothing is downloaded, and every weight must be there."""
-        import transformers
-        from transformers.utils import logging
-        if not (Path(folder) / "config.json").is_file():
-            raise UserError(f"--backbone {folder} holds no config.json; fetch a model first: huggingface-cli download "
-                            "HuggingFaceTB/SmolVLM2-500M-Video-Instruct --local-dir DIR")
-        logging.disable_progress_bar()
-        level, _ = logging.get_verbosity(), logging.set_verbosity_error()        # what is missing is said below
-        try:
-            model, report = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype,
-                                                                   output_loading_info=True)
-        except Exception as error:                                                # bad files fail in any way at all
-            raise UserError(f"--backbone {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-        finally:
-            logging.set_verbosity(level)
-        bad = [name for kind in ("missing_keys", "mismatched_keys") for name in report[kind]]
-        if bad:
-            first = sorted(name if isinstance(name, str) else name[0] for name in bad)[0]
-            raise UserError(f"--backbone {folder} lacks {len(bad)} of the model's weights, the first is {first}: they "
-                            "would stay random. Download the folder again")
-        if model.config.model_type not in PROMPTS:
-            raise UserError(f"--backbone {folder} is a {model.config.model_type}; known: {', '.join(PROMPTS)}")
-        has_words = (Path(folder) / "tokenizer_config.json").is_file()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_words else None
-        return cls(model.to(device), instruction, views, tokenizer)
-
-    def _prompt(self, instruction, tokenizer):
-        if tokenizer is None:                            # a model of ours: the bytes of the instruction are its tokens
-            return [self.image_token] * self.image_tokens * self.views + list(instruction.encode())
-        before, image, after = PROMPTS[self.family]
-        image = image.format(tokenizer.convert_ids_to_tokens(self.image_token) * self.image_tokens)
-        ids = tokenizer(before + image * self.views + after.format(instruction), add_special_tokens=False)["input_ids"]
-        if ids.count(self.image_token) != self.image_tokens * self.views:
-            raise UserError(f"the tokenizer of this {self.family} makes {ids.count(self.image_token)} image tokens of "
-                            f"{self.views} views, expected {self.image_tokens} each")
-        return ids
-
-    def __deepcopy__(self, memo):
-        return self
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """images (B, V, S, S, 3) uint8 -> last hidden states (B, L, W). Any S: they are resized to the model's.
-
-        uint8, because 0 ... 255 never becomes the exact 0 that SmolVLM takes for a missing image and drops.
-        """
-        if images.dtype != torch.uint8 or images.ndim != 5 or images.shape[1] != self.views:
-            raise ValueError(f"images are uint8 (B, {self.views}, S, S, 3), got {images.dtype} {tuple(images.shape)}")
-        rows, device = len(images), next(self.model.parameters()).device
-        pixels = images.to(device).permute(0, 1, 4, 2, 3).flatten(0, 1) / 127.5 - 1               # (B*V, 3, S, S)
-        if pixels.shape[-1] != self.size or pixels.shape[-2] != self.size:
-            pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
-        pixels = pixels.to(next(self.model.parameters()).dtype)
-        if self.family != "paligemma":
-            pixels = pixels.unflatten(0, (rows, self.views))
-        ids = self.prompt.to(device).expand(rows, -1)
-        out = self.model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), use_cache=False)
-        self.calls, self.rows = self.calls + 1, self.rows + rows
-        return out.last_hidden_state
-
-
-def tiny_backbone(folder, width: int = 64, layers: int = 2, size: int = 64, seed: int = 0) -> Path:
-    """Write a small random SmolVLM, 8 x 8 patches, where `Backbone.load` finds it; 0.13 M weights by default."""
-    from transformers import SmolVLMConfig, SmolVLMModel
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    vision = dict(hidden_size=width // 2, intermediate_size=width, num_hidden_layers=layers, image_size=size,
-                  num_attention_heads=2, patch_size=8)
-    text = dict(model_type="llama", hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-                num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=300, pad_token_id=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SmolVLMModel(SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=299, scale_factor=2,
-                                           pad_token_id=0))
-        for name, weight in model.named_parameters():     # 0.02, the default, is for wide trained models: it would
-            if weight.ndim > 1:                           # leave the place of a patch unreadable
-                scale = 0.5 if "embed" in name and weight.ndim == 2 else weight[0].numel() ** -0.5
-                nn.init.normal_(weight, std=scale)
-    model.save_pretrained(folder)
-    return Path(folder)
 
 
 # ---- the trainable head ----------------------------------------------------------------------------------------------
@@ -187,7 +81,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, N, H, C), condition (B, N, 1, C) -> (B, N, H, C)."""
-        shape, (rows, n) = x.shape, x.shape[:2]
+        shape = x.shape
         shift, scale, gate = self.modulation(F.silu(condition)).unflatten(-1, (3, 3, -1)).unbind(-3)   # (B, N, 1, 3, C)
         norm = [lambda h, i=i: F.layer_norm(h, h.shape[-1:]) * (1 + scale[..., i, :]) + shift[..., i, :]
                 for i in range(3)]
@@ -244,7 +138,7 @@ class VLAFlowHead(FlowPolicy):
         self.obs_mean.copy_(features.mean(0)), self.obs_std.copy_(features.std(0).clamp(min=1e-3))
 
     def observe(self, images: Tensor, state: Tensor) -> Tensor:
-        """images (B, V, S, S, 3) uint8 and proprioception (B, P) -> observation (B, P + L*W): the backbone's one call."""
+        """images (B, V, S, S, 3) uint8 and proprioception (B, P) -> observation (B, P + L*W), one backbone call."""
         return torch.cat([state.to(self.device), self.backbone(images).flatten(1).to(self.device, state.dtype)], dim=1)
 
     def encode(self, obs: Tensor | dict) -> Context:
@@ -315,10 +209,10 @@ class Learner:
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_learning_rate)
 
     def clone(self, batch) -> dict:
-        """One step of behaviour cloning, SFT; the actor follows at once."""
-        loss, stats = m_step_loss(self.policy, self.policy.encode(batch.obs), batch.chunk, batch.valid, None, None, 0, 0)
+        """One step of behaviour cloning; load the actor with the policy when it is done."""
+        context = self.policy.encode(batch.obs)
+        loss, stats = m_step_loss(self.policy, context, batch.chunk, batch.valid, None, None, 0, 0)
         self._minimise(loss, self.actor_optimizer)
-        self.actor.load_state_dict(self.policy.state_dict())
         return stats
 
     def update(self, batch, warmup: bool) -> dict:
@@ -362,8 +256,8 @@ class Learner:
             try:
                 getattr(self, name).load_state_dict(value)
             except (RuntimeError, ValueError) as error:
-                raise UserError(f"the checkpoint's {name} does not fit this run: "
-                                f"{' '.join(str(error).splitlines()[:2])}; use the same --backbone and sizes") from error
+                raise UserError(f"the checkpoint's {name} does not fit this run: {' '.join(str(error).split()[:40])}; "
+                                "use the same --backbone and sizes") from error
 
     @staticmethod
     def _minimise(loss, optimizer):
@@ -377,12 +271,12 @@ class Learner:
 @dataclass
 class Args:
     task: str = "lift"                # a robosuite task of envs.py
-    preset: Literal["cpu", "paper"] = "cpu"  # paper: Table V, with --backbone; cpu: a tiny backbone, minutes on a laptop
-    backbone: str | None = None       # folder of a SmolVLM or PaliGemma (config.json, *.safetensors); None: tiny, random
+    preset: Literal["cpu", "paper"] = "cpu"  # paper: Table V, needs --backbone; cpu: minutes on a laptop
+    backbone: str | None = None       # folder of a SmolVLM or PaliGemma; None: a tiny random one
     instruction: str | None = None    # what the model is told; default: the task's own
     view: Literal["auto", "rendered", "drawn"] = "auto"  # pictures by OpenGL, by software, or by what works
     seed: int = 0                     # of demonstrations, networks, batches and training episodes
-    data: str | None = None           # robomimic HDF5 with 'states'; default: scripted demonstrations, made when missing
+    data: str | None = None           # robomimic HDF5 with 'states'; default: scripted ones, made when missing
     demo_episodes: int = 50           # demonstrations
     episode_limit: int = 200          # steps (Table V)
     horizon: int = 10                 # H (Table V)
@@ -423,14 +317,14 @@ class Args:
     eval: str | None = None           # only evaluate this run folder's checkpoint
 
 
-CPU = dict(demo_episodes=20, episode_limit=100, horizon=5, channels=64, layers=2, heads=2, flow_steps=5, sft_steps=3000,
+CPU = dict(demo_episodes=20, episode_limit=100, horizon=5, channels=64, layers=2, heads=2, flow_steps=5, sft_steps=1500,
            batch_size=32, learning_rate=1e-3, actor_learning_rate=1e-3, critic_learning_rate=1e-3, critic_hidden=256,
            critic_layers=3, policy_tau=0.005, num_candidates=8, temperature=0.01, clip=0.6, reward_offset=-0.01,
-           warmup_steps=1000, online_steps=7000, steps_per_update=2, capacity=8000, eval_every=3000, threads=1)
+           warmup_steps=1000, online_steps=6000, steps_per_update=2, capacity=6000, eval_every=3000, threads=1)
 PHASES = ("env", "critic", "e_step", "m_step", "eval")
 COLUMNS = ["warmup", "success", "episodes", "updates", "updates_per_s", *Learner.stats,
            *(f"time/{phase}" for phase in PHASES)]
-EVAL_SEED, VIEWS, STATE = 1_000_000, 2, 9          # STATE: robomimic's proprioception comes first, the object is not seen
+EVAL_SEED, VIEWS, STATE = 1_000_000, 2, 9     # the object, behind the first 9 numbers of an observation, is hidden
 
 
 def parse(argv=None) -> Args:
@@ -457,34 +351,6 @@ def parse(argv=None) -> Args:
     return args
 
 
-class Seeing(envs.gymnasium.Wrapper):
-    """An environment whose observation is [proprioception, the backbone's hidden states]: one backbone call a state.
-
-    every: make pictures at each so-many-th step only, zeros between; open-loop execution looks at no other.
-    """
-
-    def __init__(self, env, view: View, policy: VLAFlowHead, every: int = 1):
-        super().__init__(env)
-        self.view, self.policy, self.every, self.count = view, policy, every, 0
-
-    def reset(self, **options):
-        obs, info = self.env.reset(**options)
-        self.count = 0
-        return self._observe(obs), info
-
-    def step(self, action):
-        obs, *rest = self.env.step(action)
-        self.count += 1
-        return self._observe(obs), *rest
-
-    def _observe(self, obs):
-        policy = self.policy
-        if self.count % self.every:
-            return np.zeros(STATE + policy.length * policy.width, np.float32)
-        images, state = torch.from_numpy(self.view(self.env)), torch.from_numpy(obs[:STATE])
-        return policy.observe(images[None], state[None])[0].cpu().numpy()
-
-
 def make_policy(args, folder: Path) -> VLAFlowHead:
     """The backbone, loaded from a folder whether tiny or real, and a fresh head on it."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
@@ -501,131 +367,157 @@ def demonstrations(args, view: View, policy: VLAFlowHead) -> dict:
     """Transitions whose observations are what `Seeing` gives; every state is encoded once."""
     try:
         path = demos.obtain(args.task, "cpu", args.data, args.demo_episodes, args.seed, 1)
-        data = demos.load(path, args.task, args.demo_episodes)
-        ends = np.flatnonzero(np.maximum(data["terminated"], data["truncated"]))
-        images = demo_images(view, path, args.demo_episodes, np.diff(ends, prepend=-1).tolist())
+        data = see_demonstrations(view, path, args.demo_episodes, policy.observe, STATE)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UserError(str(error)) from error
-    states = torch.from_numpy(data["obs"][:, :STATE])
-    parts = [policy.observe(torch.from_numpy(images[i:i + 64]), states[i:i + 64]).cpu() for i in
-             range(0, len(images), 64)]
-    obs = torch.cat(parts)
-    after = torch.arange(1, len(obs) + 1)
-    after[ends] = torch.from_numpy(ends)              # the state after an episode's end has no picture and no future
-    return data | {"obs": obs, "next_obs": obs[after], "reward": data["reward"] + args.reward_offset,
-                   "terminated": np.maximum(data["terminated"], data["truncated"])}
+    return data | {"reward": data["reward"] + args.reward_offset}
 
 
-def cost(args, policy: VLAFlowHead, rows: int) -> str:
+def cost(args, learner: Learner, rows: int) -> str:
     """Measure and describe what a run will take: memory, prefix, head step, updates/s, and what to lower."""
-    backbone, size = policy.backbone, args.batch_size
-    side, weights = backbone.size, sum(p.numel() * p.element_size() for p in backbone.model.parameters())
-    image = torch.full((1, VIEWS, side, side, 3), 100, dtype=torch.uint8)
-    learner, width = Learner(args, policy), policy.state_dim + policy.length * policy.width
-    obs = policy.observe(image, torch.zeros(1, policy.state_dim)).expand(size, -1)
-    context = policy.encode(obs)
+    policy, size, n, k = learner.policy, args.batch_size, args.num_candidates, args.flow_steps
+    backbone, width = policy.backbone, policy.state_dim + policy.length * policy.width
+    weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
+    head, critic = (sum(p.numel() for p in net.parameters()) for net in (policy, learner.critic))
+    image = torch.full((1, VIEWS, backbone.size, backbone.size, 3), 100, dtype=torch.uint8)
+    context = policy.encode(policy.observe(image, torch.zeros(1, policy.state_dim)).expand(size, -1))
+    actions = torch.zeros(size, n + 1, policy.horizon, policy.action_dim, device=policy.device)
 
-    def seconds(call, repeats=3):
+    def seconds(call):
         call()
         start = time.perf_counter()
-        for _ in range(repeats):
-            call()
+        call(), call()
         if policy.device.type == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats
+        return (time.perf_counter() - start) / 2
 
     prefix = seconds(lambda: backbone(image))
-    draw = seconds(lambda: policy.sample(context, args.num_candidates))
-    loss = seconds(lambda: policy.cfm_loss(context, torch.zeros(size, args.num_candidates + 1, args.horizon,
-                                                                policy.action_dim)).mean().backward())
+    draw = seconds(lambda: policy.sample(context, n))
+    loss = seconds(lambda: policy.cfm_loss(context, actions).mean().backward())
     policy.zero_grad()
-    head, critic = (sum(p.numel() for p in net.parameters()) for net in (policy, learner.critic))
-    update, n, k = draw * (1 + 1 / args.num_candidates) + loss + 0.01, args.num_candidates, args.flow_steps
-    return (f"cost: backbone {weights / 1e6:.1f} MB, run once a state, {1e3 * prefix:.1f} ms for {VIEWS} views; head "
-            f"{head / 1e6:.2f} M and critic {critic / 1e6:.2f} M weights, {16e-6 * (head + critic):.0f} MB with Adam; "
-            f"replay {8e-6 * width * rows:.0f} MB ({width} numbers a state)\n"
-            f"      N x K = {n} x {k} head steps on {size} states, {1e3 * draw / k:.1f} ms each, sharing one prefix; "
-            f"about {1 / update:.1f} updates/s, so {args.online_steps / args.steps_per_update * update / 60:.0f} min of "
-            "updates\n      too slow: lower --num-candidates, --flow-steps, --batch-size or raise --steps-per-update; "
-            "too big: lower --capacity, --batch-size or take a smaller --backbone")
+    update = draw * (1 + 1 / n) + loss
+    return (f"cost: backbone {weights / 1e6:.1f} MB, once a state, {1e3 * prefix:.1f} ms for {backbone.views} views; "
+            f"head {head / 1e6:.2f} M and critic {critic / 1e6:.2f} M weights, {20e-6 * (head + critic):.0f} MB with "
+            f"Adam and averages; replay {8e-6 * width * rows:.0f} MB\n"
+            f"      N x K = {n} x {k} head steps on {size} states, {1e3 * draw / k:.1f} ms each, sharing one prefix: "
+            f"at most {1 / update:.1f} updates/s, {args.online_steps / args.steps_per_update * update / 60:.0f} min for "
+            f"{args.online_steps // args.steps_per_update} updates\n"
+            "      too slow: lower --num-candidates, --flow-steps, --batch-size or raise --steps-per-update; too big: "
+            "lower --capacity, --batch-size or take a smaller --backbone")
 
 
-def evaluate(args, learner, view, step, book) -> float:
-    """Success over fixed episodes, in this process; pictures only where a chunk begins."""
-    env = Seeing(view.make_env(args.episode_limit), view, learner.actor, every=args.horizon)
-    rows = [envs.run_episode(learner.act, env, EVAL_SEED + i) for i in range(args.eval_episodes)]
-    env.close()
-    result = envs.EvalResult(*(np.array(column) for column in zip(*rows)))
-    if book is not None:
-        book.evaluation(step, "policy", [dict(zip(("seed", "success", "length", "return"), row)) for row in rows])
-    print(f"step {step}: success {result}", flush=True)
-    return result.success_rate
+class Run:
+    """Replay, environment and generators: all that a resumed run needs besides the learner."""
+
+    def __init__(self, args, learner, view, demo_steps):
+        policy = learner.policy
+        self.args, self.learner, self.view = args, learner, view
+        self.replay = ChunkReplay(demo_steps + args.capacity, policy.state_dim + policy.length * policy.width,
+                                  policy.action_dim, args.horizon, args.discount, policy.device)
+        self.act_rng, self.episode_rng = (np.random.default_rng([args.seed, stream]) for stream in (1, 2))
+        self.batch_rng = torch.Generator(policy.device).manual_seed(args.seed)
+        self.runner = envs.ChunkRunner(Seeing(view.make_env(args.episode_limit), view, policy.observe, STATE),
+                                       lambda obs: learner.act(obs[None], self.act_rng))
+        self.steps, self.episodes, self.updates, self.recent = 0, 0, 0, []
+
+    def supervised(self):
+        """SFT: behaviour cloning of the demonstrations, before anything else is in the replay."""
+        args, learner, every, start = self.args, self.learner, max(self.args.sft_steps // 5, 1), time.time()
+        optimizer = learner.actor_optimizer
+        learner.actor_optimizer = torch.optim.Adam(learner.policy.head_parameters(), lr=args.learning_rate)
+        for step in range(1, args.sft_steps + 1):
+            stats = learner.clone(self.batch())
+            if step % every == 0:
+                print(f"SFT {step}/{args.sft_steps}: loss {stats['bc']:.3f}, {time.time() - start:.0f} s", flush=True)
+        learner.actor.load_state_dict(learner.policy.state_dict())
+        learner.actor_optimizer = optimizer
+
+    def batch(self):
+        return self.replay.sample(self.args.batch_size, self.batch_rng)
+
+    def reset(self):
+        self.runner.reset(int(self.episode_rng.integers(EVAL_SEED)))
+
+    def step(self):
+        """One environment step into the replay; a new episode when the old one has ended."""
+        move = self.runner.step()
+        self.replay.add(move.obs, move.action, move.reward + self.args.reward_offset, *move[3:6])
+        self.steps += 1
+        if self.runner.ended:
+            self.episodes, self.recent = self.episodes + 1, [*self.recent[-19:], float(move.success)]
+            self.reset()
+
+    def evaluate(self, book, step) -> None:
+        """Success of the actor over fixed episodes, in this process; pictures only where a chunk begins."""
+        args = self.args
+        env = Seeing(self.view.make_env(args.episode_limit), self.view, self.learner.actor.observe, STATE, args.horizon)
+        rows = [envs.run_episode(self.learner.act, env, EVAL_SEED + i) for i in range(args.eval_episodes)]
+        env.close()
+        if book is not None:
+            book.evaluation(step, "policy", [dict(zip(("seed", "success", "length", "return"), row)) for row in rows])
+        print(f"step {step}: success {envs.EvalResult(*(np.array(column) for column in zip(*rows)))}", flush=True)
+
+    def state_dict(self) -> dict:
+        numbers = {name: getattr(self, name) for name in ("steps", "episodes", "updates", "recent")}
+        return numbers | {"replay": self.replay.state_dict(), "runner": self.runner.state_dict(),
+                          "act_rng": self.act_rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
+                          "episode_rng": self.episode_rng.bit_generator.state, "batch_rng": self.batch_rng.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("steps", "episodes", "updates", "recent"):
+            setattr(self, name, state[name])
+        for name in ("replay", "runner"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("act_rng", "episode_rng"):
+            getattr(self, name).bit_generator.state = state[name]
+        self.batch_rng.set_state(state["batch_rng"])
+        torch.set_rng_state(state["torch_rng"])
 
 
-def supervised(args, learner, replay) -> None:
-    """SFT: behaviour cloning of the demonstrations."""
-    generator, every, start = torch.Generator(replay.device).manual_seed(args.seed), max(args.sft_steps // 5, 1), time.time()
-    for group in learner.actor_optimizer.param_groups:
-        group["lr"] = args.learning_rate
-    for step in range(1, args.sft_steps + 1):
-        stats = learner.clone(replay.sample(args.batch_size, generator))
-        if step % every == 0:
-            print(f"SFT {step}/{args.sft_steps}: loss {stats['bc']:.3f}, {time.time() - start:.0f} s", flush=True)
-    learner.actor_optimizer = torch.optim.Adam(learner.policy.head_parameters(), lr=args.actor_learning_rate)
-
-
-def train(args, learner, replay, runner, book, view, state) -> bool:
-    """Warm-up, then POCO. False if the user interrupted; what is saved continues exactly."""
-    clock, sums, recent, steps, episodes, updates = learner.clock, {}, [], 0, 0, 0
-    rng, batches = np.random.default_rng([args.seed, 2]), torch.Generator(replay.device).manual_seed(args.seed + 1)
-    if state is not None:
-        replay.load_state_dict(state["replay"]), runner.load_state_dict(state["runner"])
-        rng.bit_generator.state, steps, episodes, updates, recent = (state[name] for name in
-                                                                     ("rng", "steps", "episodes", "updates", "recent"))
-        runner.rng.bit_generator.state = state["act_rng"]
-        batches.set_state(state["batches"]), torch.set_rng_state(state["torch_rng"])
-    else:
-        runner.reset(int(rng.integers(EVAL_SEED)))
-    with Interrupt() as interrupt, Progress("POCO", args.online_steps, args.log_every, steps, updates) as bar:
-        while steps < args.online_steps:
-            with clock("env"):
-                move = runner.step()
-                replay.add(move.obs, move.action, move.reward + args.reward_offset, *move[3:6])
-            steps, warmup, last = steps + 1, steps < args.warmup_steps, steps + 1 == args.online_steps
-            if runner.ended:
-                episodes, recent = episodes + 1, [*recent[-19:], float(move.success)]
+def train(args, run: Run, book) -> bool:
+    """Critic warm-up, then POCO. False if the user interrupted; what is saved continues exactly."""
+    clock, sums = run.learner.clock, {}
+    with Interrupt() as interrupt, Progress("POCO", args.online_steps, args.log_every, run.steps, run.updates) as bar:
+        while run.steps < args.online_steps:
+            warmup = run.steps < args.warmup_steps
+            try:
                 with clock("env"):
-                    runner.reset(int(rng.integers(EVAL_SEED)))
-            if steps % args.steps_per_update == 0:
-                updates += 1
-                for name, value in learner.update(replay.sample(args.batch_size, batches), warmup).items():
-                    sums.setdefault(name, []).append(value)
-            bar.update(steps, updates, sum(recent) / len(recent) if recent else None)
-            if steps % args.log_every == 0:
-                seconds = {phase: 0.0 for phase in PHASES} | clock.split()
-                book.log(steps, warmup=int(warmup), success=sum(recent) / max(len(recent), 1), episodes=episodes,
-                         updates=updates, updates_per_s=len(sums.get("critic", ())) / sum(seconds.values()),
-                         **{name: float(torch.stack(values).mean()) for name, values in sums.items()},
-                         **{f"time/{phase}": value for phase, value in seconds.items()})
+                    run.step()
+                if run.steps % args.steps_per_update == 0:
+                    run.updates += 1
+                    for name, value in run.learner.update(run.batch(), warmup).items():
+                        sums.setdefault(name, []).append(value)
+            except ValueError as error:                                          # a non-finite action, reward or Q
+                raise UserError(f"stopped at step {run.steps}: {error}. {book.folder}/last.pt is the last good "
+                                "checkpoint") from error
+            last = run.steps == args.online_steps
+            bar.update(run.steps, run.updates, sum(run.recent) / len(run.recent) if run.recent else None)
+            if run.steps % args.log_every == 0:
+                log(book, run, warmup, sums)
                 sums = {}
-            if (steps % args.eval_every == 0 and not warmup) or last:
+            if (run.steps % args.eval_every == 0 and not warmup) or last:
                 with clock("eval"):
-                    evaluate(args, learner, view, steps, book)
-            if steps % args.save_every == 0 or last or interrupt.stop:
-                save(book, learner, replay, runner, {
-                    "steps": steps, "episodes": episodes, "updates": updates, "recent": recent,
-                    "rng": rng.bit_generator.state, "act_rng": runner.rng.bit_generator.state,
-                    "batches": batches.get_state(), "torch_rng": torch.get_rng_state()})
+                    run.evaluate(book, run.steps)
+            if run.steps % args.save_every == 0 or last or interrupt.stop:
+                save(book, run)
             if interrupt.stop and not last:
-                bar.write(f"saved at step {steps}; continue with --resume {book.folder}")
+                bar.write(f"saved at step {run.steps}; continue with --resume {book.folder}")
                 return False
     return True
 
 
-def save(book, learner, replay, runner, rest) -> None:
-    state = learner.state_dict()
-    refuse_nonfinite(state, "learner", f"before step {rest['steps']}; {book.folder}/last.pt is the last good checkpoint")
-    book.save("last.pt", {"learner": state, "replay": replay.state_dict(), "runner": runner.state_dict(), **rest})
+def log(book, run, warmup, sums) -> None:
+    seconds = {phase: 0.0 for phase in PHASES} | run.learner.clock.split()
+    book.log(run.steps, warmup=int(warmup), success=sum(run.recent) / max(len(run.recent), 1), episodes=run.episodes,
+             updates=run.updates, updates_per_s=len(sums.get("critic", ())) / max(sum(seconds.values()), 1e-9),
+             **{name: float(torch.stack(values).mean()) for name, values in sums.items()},
+             **{f"time/{phase}": value for phase, value in seconds.items()})
+
+
+def save(book, run) -> None:
+    state = run.learner.state_dict()
+    refuse_nonfinite(state, "learner", f"before step {run.steps}; {book.folder}/last.pt is the last good checkpoint")
+    book.save("last.pt", {"step": run.steps, "learner": state, "run": run.state_dict()})
 
 
 def main(argv=None):
@@ -633,42 +525,36 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    fresh, view = not (args.eval or args.resume), View(args.view, args.task)
     folder = Path(args.eval or args.resume or args.run_dir or f"runs/{args.task}-vla-s{args.seed}")
-    view = View(args.view, args.task)
-    fresh = not (args.eval or args.resume)
+    book = state = data = None
     if fresh:
         book = Logbook.create(folder, dataclasses.asdict(args) | {"method": "vla"}, COLUMNS, overwrite=args.overwrite)
-    policy = make_policy(args, folder)
-    print(f"task {args.task}, '{args.instruction or INSTRUCTIONS[args.task]}', preset {args.preset}, "
-          f"{policy.device.type}, images {view.kind}, seed {args.seed}", flush=True)
-    learner = Learner(args, policy)
-    if args.eval:
-        learner.load_state_dict(load_checkpoint(folder / "last.pt")["learner"])
-        return evaluate(args, learner, view, 0, None)
-    state = None
-    if not fresh:
+    elif args.resume:
         book = Logbook.resume(folder, COLUMNS, task=args.task, method="vla")
-        state = book.load("last.pt")
-        book.rewind(state["steps"])
-        learner.load_state_dict(state["learner"])
-        demo_steps = state["replay"]["demos"]
+        book.rewind((state := book.load("last.pt"))["step"])
     else:
-        data = demonstrations(args, view, policy)
-        demo_steps = len(data["obs"])
-        policy.fit(data["obs"])
-        learner = Learner(args, policy)
-    print(cost(args, policy, demo_steps + args.capacity), flush=True)
-    replay = ChunkReplay(demo_steps + args.capacity, STATE + policy.length * policy.width, policy.action_dim,
-                         args.horizon, args.discount, policy.device)
+        state = load_checkpoint(folder / "last.pt")
+    policy = make_policy(args, folder)
+    print(f"task {args.task}: '{args.instruction or INSTRUCTIONS[args.task]}', preset {args.preset}, "
+          f"{policy.device.type}, {VIEWS} views {view.kind}, seed {args.seed}", flush=True)
     if fresh:
-        replay.extend(data)
-        supervised(args, learner, replay)
-        evaluate(args, learner, view, 0, book)
-    rng = np.random.default_rng([args.seed, 1])
-    env = Seeing(view.make_env(args.episode_limit), view, policy)
-    runner = envs.ChunkRunner(env, lambda obs: learner.act(obs[None], rng))
-    runner.rng = rng
-    if train(args, learner, replay, runner, book, view, state):
+        data = demonstrations(args, view, policy)
+        policy.fit(data["obs"].to(policy.device))
+    learner, demo_steps = Learner(args, policy), len(data["obs"]) if fresh else state["run"]["replay"]["demos"]
+    run = Run(args, learner, view, demo_steps)
+    if fresh:
+        print(cost(args, learner, run.replay.capacity), flush=True)
+        run.replay.extend(data)
+        run.supervised()
+        run.evaluate(book, 0)
+        run.reset()
+    else:
+        learner.load_state_dict(state["learner"])
+        if args.eval:
+            return run.evaluate(None, state["step"])
+        run.load_state_dict(state["run"])
+    if train(args, run, book):
         print(f"done: {curve(book.folder)}")
     book.close()
 

@@ -1,20 +1,21 @@
 """
-Flow action heads of released VLAs behind flow_policy.FlowPolicy's methods, so that POCO's update runs on them unchanged.
+Flow action heads of released VLAs behind flow_policy.FlowPolicy's methods: POCO's update runs on them unchanged.
 
     from adapters.pi05 import Pi05                     # likewise adapters.smolvla.SmolVLA, adapters.groot.Groot
     policy = Pi05.load("pi05_base", action_dim=7)      # LeRobot's folder: config.json, model.safetensors, processors
     context = policy.encode(policy.batch(observation)) # the frozen backbone, once per state
     candidates, weights, stats = poco.e_step(policy, q_fn, context, 16, 0.001)
-    chunk = policy.unnormalise(candidates[:, 0])       # for the robot; policy, critic and replay live in normalised space
+    chunk = policy.unnormalise(candidates[:, 0])       # for the robot; all else lives in normalised space
 
-Extra: pip install lerobot==0.6.1 (Python 3.12; GR00T needs diffusers too). Classes were checked against that version.
+Extra: pip install lerobot==0.6.1 (Python 3.12; GR00T needs diffusers too), the version this was checked against.
     adapter   backbone's result, kept per state       time of the library    its padding          what is trained
     Pi05      keys, values of Gemma; prompt has state  backwards, v = -v_pi   actions to 32        expert, projections
     SmolVLA   keys, values of SmolVLM; state a token   backwards, v = -v_pi   actions, state to 32 expert, projections
     Groot     hidden states of the VLM, state          as here, in 1/1000     actions, state       the whole action head
 `parameters()` and `state_dict()` of an adapter are the head's alone, so optimiser, EMA and checkpoints hold nothing of
 the backbone, and a deepcopy shares it. Always in eval mode: dropout would make one chunk's two losses differ.
-Not here: a backbone without a head of its own (vla_head.py), image resizing and tokenising (LeRobot's processors).
+backbone.py is the other way: a frozen model without a head, for vla_head.py.
+Not here: image resizing and tokenising (LeRobot's processors).
 
 Shapes: B batch, N candidates, H chunk, A action, W the library's padded action width, L prefix tokens, K flow steps.
 """
@@ -53,8 +54,8 @@ class Prefix:
 class Adapter(FlowPolicy):
     """
     A library's policy as a FlowPolicy. A subclass sets `head` (names of the trained modules), `backwards`, `encode`
-    and `_field`. group: candidates whose prefixes are expanded at a time; the memory of an E-step is group times the
-    prefixes'. limit: where samples are clipped, 1 for quantile or min-max normalised actions, more for mean and deviation.
+    and `_field`. group: candidates whose prefixes are expanded at a time, so many times the prefixes' memory is needed.
+    limit: where samples are clipped, 1 for actions normalised by quantiles or extremes, more for mean and deviation.
     """
 
     head: tuple[str, ...] = ()
@@ -108,7 +109,7 @@ class Adapter(FlowPolicy):
 
     def velocity(self, context: Prefix, x: Tensor, t: Tensor) -> Tensor:
         """v(x, t | context), t = 0 noise: x (B, N, H, A or W) -> like x. Unknown padded actions are noise."""
-        asked, (rows, n) = x.shape[-1], x.shape[:2]
+        asked, rows = x.shape[-1], len(x)
         if asked < self.width:
             noise = torch.randn(*x.shape[:-1], self.width - asked, device=x.device, dtype=x.dtype)
             x = torch.cat([x, (1 - t[..., None, None]) * noise], -1)
@@ -194,7 +195,8 @@ def verify_weights(model: torch.nn.Module, folder) -> None:
         if same.shape != value.shape or not torch.equal(same.to(value.dtype), value.cpu()):
             wrong.append(f"{name} (another value)")
     if wrong:
-        raise UserError(f"{folder}: {len(wrong)} weights were not loaded, the first is {wrong[0]}; they would stay random")
+        raise UserError(f"{folder}: {len(wrong)} weights were not loaded and are random, the first is {wrong[0]}; "
+                        "download the folder again, or take the library's version that wrote it")
 
 
 def parts_of(cache) -> list[tuple[Tensor, Tensor]]:

@@ -4,8 +4,8 @@ GR00T's flow action head (N1.7 as in LeRobot 0.6.1): the vision-language model f
     policy = Groot(action_head, action_dim=7)          # a GR00TN17ActionHead of a loaded model
     context = policy.encode(backbone_output | {"state": state, "embodiment_id": ids})
 
-Its time runs as here, cut into 1/1000 steps; 4 Euler steps. The backbone's features, 1 MB a state in bf16, can be kept in
-a replay: `vlln`, the layers behind it and the state encoder belong to the head and run again after each update, once
+Its time runs as here, cut into 1/1000 steps; 4 Euler steps. The backbone's features, 1 MB a state in bf16, can be kept
+in a replay: `vlln`, the layers behind it and the state encoder belong to the head and run again after each update, once
 per `sample`. Freeze the backbone with tune_llm=False, tune_visual=False and tune_top_llm_layers=0.
 Not here: N1.6, the paper's version, which no release of LeRobot holds; its head has the same methods less
 `vl_self_attention`, but this file has not run against it.
@@ -24,7 +24,8 @@ class Groot(Adapter):
     head = ("model", "state_encoder", "action_encoder", "action_decoder", "position_embedding", "vlln",
             "vl_self_attention")
 
-    def __init__(self, action_head, action_dim: int, horizon: int | None = None, group: int = 4, processors=(None, None)):
+    def __init__(self, action_head, action_dim: int, horizon: int | None = None, group: int = 4,
+                 processors=(None, None)):
         config = action_head.config
         super().__init__(None, action_head, action_dim, horizon or config.action_horizon, config.max_action_dim,
                          config.num_inference_timesteps, 1.0, group, processors)

@@ -18,7 +18,8 @@ from adapters import Adapter, Prefix, cache_of, parts_of
 class Pi05(Adapter):
     """Pi05(library, action_dim): library is a lerobot PI05Policy; see `load`."""
 
-    head = ("paligemma_with_expert.gemma_expert.model", "action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out")
+    head = ("paligemma_with_expert.gemma_expert.model", "action_in_proj", "action_out_proj", "time_mlp_in",
+            "time_mlp_out")
     backwards = True
 
     def __init__(self, library, action_dim: int, group: int = 4, processors=(None, None)):

@@ -19,7 +19,8 @@ from adapters import Adapter, Prefix, cache_of, parts_of
 class SmolVLA(Adapter):
     """SmolVLA(library, action_dim): library is a lerobot SmolVLAPolicy; see `load`."""
 
-    head = ("vlm_with_expert.lm_expert", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out")
+    head = ("vlm_with_expert.lm_expert", "action_in_proj", "action_out_proj", "action_time_mlp_in",
+            "action_time_mlp_out")
     backwards = True
 
     def __init__(self, library, action_dim: int, group: int = 4, processors=(None, None)):

@@ -3,7 +3,8 @@ Pictures of a robosuite scene for policies that see: rendered where OpenGL start
 
     view = View("auto", "lift")                       # prints nothing; view.kind is "rendered" or "drawn"
     images = view(env)                                # (V, S, S, 3) uint8: the scene from above and from the hand
-    images = demo_images(view, "lift.hdf5", episodes=20)             # of every recorded state, replayed from the file
+    env = Seeing(view.make_env(), view, policy.observe, 9)           # its observations are policy.observe's
+    data = see_demonstrations(view, "lift.hdf5", 20, policy.observe, 9)           # of every recorded state, replayed
 
 Both kinds show the collision shapes, which say as much as the visual meshes at a tenth of the work: on one core without
 a GPU, two views of 64 x 64 take 15 ms rendered and 4 ms drawn, against 300 ms of robosuite's default picture.
@@ -16,7 +17,9 @@ from __future__ import annotations
 
 import os
 
+import gymnasium
 import numpy as np
+import torch
 
 import envs
 from demos import hdf5
@@ -124,17 +127,59 @@ def _corners(model, geom):
     return signs * (size[0], size[0], size[1] or size[0]), ()  # a cylinder or a ball by its box
 
 
-def demo_images(view: View, path, episodes: int, steps: list[int]) -> np.ndarray:
+class Seeing(gymnasium.Wrapper):
     """
-    Pictures of every recorded state of the first `episodes` demonstrations, cut to `steps` each -> (N, V, S, S, 3).
+    An environment for policies that see: its observation is observe(images (1, V, S, S, 3), first `state` numbers of
+    the old observation (1, state))[0]. every: look at each so-many-th step only, zeros between; an open-loop policy
+    looks only where a chunk begins.
     """
+
+    def __init__(self, env, view: View, observe, state: int, every: int = 1):
+        super().__init__(env)
+        self.view, self.observe, self.state, self.every, self.count, self.last = view, observe, state, every, 0, None
+
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        self.count = 0
+        return self._look(obs), info
+
+    def step(self, action):
+        obs, *rest = self.env.step(action)
+        self.count += 1
+        return self._look(obs), *rest
+
+    def _look(self, obs):
+        if self.count % self.every:
+            return np.zeros_like(self.last)
+        images, state = torch.from_numpy(self.view(self.env)), torch.from_numpy(obs[: self.state])
+        self.last = self.observe(images[None], state[None])[0].float().cpu().numpy()
+        return self.last
+
+
+def see_demonstrations(view: View, path, episodes: int, observe, state: int) -> dict:
+    """
+    Transitions of the first `episodes` demonstrations as demos.load gives them, with observe's observations (N, D).
+    Every recorded state is seen once. The one after an episode's end is not recorded: the last one stands in for it.
+    """
+    data = hdf5.load(path, view.task, episodes)
+    ends = np.flatnonzero(np.maximum(data["terminated"], data["truncated"]))
+    images = torch.from_numpy(_pictures(view, path, np.diff(ends, prepend=-1)))
+    states = torch.from_numpy(data["obs"][:, :state])
+    obs = torch.cat([observe(*pair).float().cpu() for pair in zip(images.split(64), states.split(64))])
+    after = np.arange(1, len(obs) + 1)
+    after[ends] = ends
+    return data | {"obs": obs, "next_obs": obs[after]}
+
+
+def _pictures(view: View, path, steps) -> np.ndarray:
+    """Of the first steps[i] recorded states of demonstration i -> (N, V, S, S, 3)."""
     import h5py
 
     env, images = view.make_env(), []
     env.reset(seed=0)
     sim = env.unwrapped.simulator.sim
     with h5py.File(path, "r") as file:
-        for name, count in zip(hdf5.names(file)[:episodes], steps, strict=True):
+        for name, count in zip(hdf5.names(file), steps):
             if "states" not in file["data"][name]:
                 raise ValueError(f"{path}: data/{name} has no 'states' to make pictures of; record it again: "
                                  f"python -m demos --task {view.task.name} --out FILE")

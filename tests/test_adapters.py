@@ -44,7 +44,7 @@ def randomise(module, std=0.1):
 def build_pi05():
     import lerobot.policies.pi05.modeling_pi05 as lib
     from adapters.pi05 import Pi05
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8, vocab_size=128)     # literals in the library
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8, vocab_size=128)
     small = copy.copy(lib.get_gemma_config("gemma_300m"))
     small.width, small.depth, small.mlp_dim, small.head_dim = 32, 2, 64, 8
     vlm, expert = lib.PaliGemmaForConditionalGenerationWithPiGemma, lib.PiGemmaForCausalLM
@@ -214,8 +214,8 @@ def groot():
     pytest.importorskip("diffusers", reason="adapters: GR00T needs diffusers")
     from adapters.groot import Groot
     from lerobot.policies.groot.groot_n1_7 import GR00TN17ActionHead, GR00TN17Config
-    dit = dict(positional_embeddings=None, num_layers=4, num_attention_heads=2, attention_head_dim=8, norm_type="ada_norm",
-               dropout=0.2, final_dropout=True, output_dim=16, interleave_self_attention=True)
+    dit = dict(positional_embeddings=None, num_layers=4, num_attention_heads=2, attention_head_dim=8,
+               norm_type="ada_norm", dropout=0.2, final_dropout=True, output_dim=16, interleave_self_attention=True)
     layers = dict(positional_embeddings=None, num_layers=1, num_attention_heads=2, attention_head_dim=12, dropout=0.2,
                   final_dropout=True)
     torch.manual_seed(0)
