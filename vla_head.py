@@ -320,7 +320,7 @@ class Args:
 CPU = dict(demo_episodes=20, episode_limit=100, horizon=5, channels=64, layers=2, heads=2, flow_steps=5, sft_steps=1500,
            batch_size=32, learning_rate=1e-3, actor_learning_rate=1e-3, critic_learning_rate=1e-3, critic_hidden=256,
            critic_layers=3, policy_tau=0.005, num_candidates=8, temperature=0.01, clip=0.6, reward_offset=-0.01,
-           warmup_steps=1000, online_steps=6000, steps_per_update=2, capacity=6000, eval_every=3000, threads=1)
+           warmup_steps=1000, online_steps=5000, steps_per_update=2, capacity=5000, eval_every=2500, threads=1)
 PHASES = ("env", "critic", "e_step", "m_step", "eval")
 COLUMNS = ["warmup", "success", "episodes", "updates", "updates_per_s", *Learner.stats,
            *(f"time/{phase}" for phase in PHASES)]
@@ -363,6 +363,14 @@ def make_policy(args, folder: Path) -> VLAFlowHead:
                        args.channels, args.layers, args.heads, args.flow_steps).to(device)
 
 
+def open_view(args) -> View:
+    """Pictures of the task, in the world of the file that was named."""
+    try:
+        return View(args.view, args.task, env_args=demos.env_args(args.data) if args.data else None)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raise UserError(str(error)) from error
+
+
 def demonstrations(args, view: View, policy: VLAFlowHead) -> dict:
     """Transitions whose observations are what `Seeing` gives; every state is encoded once."""
     try:
@@ -400,8 +408,8 @@ def cost(args, learner: Learner, rows: int) -> str:
             f"head {head / 1e6:.2f} M and critic {critic / 1e6:.2f} M weights, {20e-6 * (head + critic):.0f} MB with "
             f"Adam and averages; replay {8e-6 * width * rows:.0f} MB\n"
             f"      N x K = {n} x {k} head steps on {size} states, {1e3 * draw / k:.1f} ms each, sharing one prefix: "
-            f"at most {1 / update:.1f} updates/s, {args.online_steps / args.steps_per_update * update / 60:.0f} min for "
-            f"{args.online_steps // args.steps_per_update} updates\n"
+            f"at most {1 / update:.1f} updates/s; {args.online_steps / args.steps_per_update * update / 60:.0f} min "
+            f"for {args.online_steps // args.steps_per_update} updates\n"
             "      too slow: lower --num-candidates, --flow-steps, --batch-size or raise --steps-per-update; too big: "
             "lower --capacity, --batch-size or take a smaller --backbone")
 
@@ -416,9 +424,12 @@ class Run:
                                   policy.action_dim, args.horizon, args.discount, policy.device)
         self.act_rng, self.episode_rng = (np.random.default_rng([args.seed, stream]) for stream in (1, 2))
         self.batch_rng = torch.Generator(policy.device).manual_seed(args.seed)
-        self.runner = envs.ChunkRunner(Seeing(view.make_env(args.episode_limit), view, policy.observe, STATE),
-                                       lambda obs: learner.act(obs[None], self.act_rng))
+        self.runner = envs.ChunkRunner(self.environment(), lambda obs: learner.act(obs[None], self.act_rng))
         self.steps, self.episodes, self.updates, self.recent = 0, 0, 0, []
+
+    def environment(self, every=1):
+        env = envs.make_env(self.args.task, episode_limit=self.args.episode_limit, env_args=self.view.env_args)
+        return Seeing(env, self.view, self.learner.policy.observe, STATE, every)
 
     def supervised(self):
         """SFT: behaviour cloning of the demonstrations, before anything else is in the replay."""
@@ -450,7 +461,7 @@ class Run:
     def evaluate(self, book, step) -> None:
         """Success of the actor over fixed episodes, in this process; pictures only where a chunk begins."""
         args = self.args
-        env = Seeing(self.view.make_env(args.episode_limit), self.view, self.learner.actor.observe, STATE, args.horizon)
+        env = self.environment(args.horizon)
         rows = [envs.run_episode(self.learner.act, env, EVAL_SEED + i) for i in range(args.eval_episodes)]
         env.close()
         if book is not None:
@@ -525,7 +536,7 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    fresh, view = not (args.eval or args.resume), View(args.view, args.task)
+    fresh, view = not (args.eval or args.resume), open_view(args)
     folder = Path(args.eval or args.resume or args.run_dir or f"runs/{args.task}-vla-s{args.seed}")
     book = state = data = None
     if fresh:

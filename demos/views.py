@@ -3,7 +3,7 @@ Pictures of a robosuite scene for policies that see: rendered where OpenGL start
 
     view = View("auto", "lift")                       # prints nothing; view.kind is "rendered" or "drawn"
     images = view(env)                                # (V, S, S, 3) uint8: the scene from above and from the hand
-    env = Seeing(view.make_env(), view, policy.observe, 9)           # its observations are policy.observe's
+    env = Seeing(env, view, policy.observe, 9)                       # its observations are policy.observe's
     data = see_demonstrations(view, "lift.hdf5", 20, policy.observe, 9)           # of every recorded state, replayed
 
 Both kinds show the collision shapes, which say as much as the visual meshes at a tenth of the work: on one core without
@@ -32,40 +32,43 @@ FACES = ((0, 1, 3, 2), (4, 5, 7, 6), (0, 1, 5, 4), (2, 3, 7, 6), (0, 2, 6, 4), (
 class View:
     """
     view(env) -> (V, S, S, 3) uint8. kind: "rendered" (needs OpenGL), "drawn", or "auto", which takes what works.
-    Environments come from `view.make_env`. Raises RuntimeError where "rendered" is asked for and OpenGL is absent.
+    It copies the state into a simulator of its own, the only one with an OpenGL context: when one of several in a
+    process closes, robosuite frees the buffers of whichever was used last, and pictures go wrong without a word.
+    Raises RuntimeError where "rendered" is asked for and OpenGL does not start.
     """
 
     def __init__(self, kind="auto", task="lift", size=64, cameras=CAMERAS, shapes="collision", env_args=None):
         self.task, self.size, self.cameras, self.shapes = envs.get_task(task), size, cameras, shapes
         if self.task.suite != "robosuite":
             raise ValueError(f"pictures of task '{self.task.name}' are not implemented; robosuite's tasks have them")
-        self.env_args, self._shapes, self.kind = env_args, {}, "drawn" if kind == "drawn" else "rendered"
-        if kind == "auto" and not self._has_opengl():
-            self.kind = "drawn"
-
-    def make_env(self, episode_limit=None):
-        """The task's environment, able to make this view's pictures."""
-        mode = "rgb_array" if self.kind == "rendered" else None
-        return envs.make_env(self.task, render_mode=mode, episode_limit=episode_limit, env_args=self.env_args)
+        self.env_args, self._outlines, self.kind, self._sim = env_args, {}, kind, None
+        if kind == "auto":
+            try:
+                self.kind = "drawn" if os.environ.get("MUJOCO_GL") == "disable" else "rendered"
+                self._simulator()
+            except Exception:  # a driver can fail in any way; the software picture needs none of it
+                self.kind, os.environ["MUJOCO_GL"] = "drawn", "disable"
 
     def __call__(self, env) -> np.ndarray:
-        sim = env.unwrapped.simulator.sim
+        return self.of_state(env.unwrapped.simulator.sim.get_state().flatten())
+
+    def of_state(self, state: np.ndarray) -> np.ndarray:
+        """The same for a flattened simulator state, as robomimic files hold."""
+        sim = self._simulator()
+        sim.set_state_from_flattened(state)
+        sim.forward()
         draw = self._render if self.kind == "rendered" else self._draw
         return np.stack([draw(sim, camera) for camera in self.cameras])
 
-    def _has_opengl(self) -> bool:
-        chosen = os.environ.get("MUJOCO_GL")
-        if chosen == "disable":
-            return False
-        try:
-            env = self.make_env()
-            env.reset(seed=0)
-            self._render(env.simulator.sim, self.cameras[0])
-            env.close()
-            return True
-        except Exception:  # a driver can fail in any way; the software picture needs none of it
-            os.environ["MUJOCO_GL"] = "disable"
-            return False
+    def _simulator(self):
+        if self._sim is None:
+            mode = "rgb_array" if self.kind == "rendered" else None
+            self._env = envs.make_env(self.task, render_mode=mode, env_args=self.env_args)
+            self._env.reset(seed=0)
+            if self.kind == "rendered":
+                self._render(self._env.simulator.sim, self.cameras[0])
+            self._sim = self._env.simulator.sim
+        return self._sim
 
     def _render(self, sim, camera) -> np.ndarray:
         import mujoco
@@ -87,9 +90,9 @@ class View:
         scale = self.size / 2 / np.tan(np.radians(model.cam_fovy[index]) / 2)
         outlines = []
         for geom in np.flatnonzero(model.geom_group == 0):
-            if geom not in self._shapes:
-                self._shapes[geom] = _corners(model, geom)
-            points, faces = self._shapes[geom]
+            if geom not in self._outlines:
+                self._outlines[geom] = _corners(model, geom)
+            points, faces = self._outlines[geom]
             points = (points @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom] - place) @ axes
             ahead = points[:, 2] < -0.02
             if not (ahead.all() if len(faces) else ahead.sum() > 2):
@@ -175,17 +178,11 @@ def _pictures(view: View, path, steps) -> np.ndarray:
     """Of the first steps[i] recorded states of demonstration i -> (N, V, S, S, 3)."""
     import h5py
 
-    env, images = view.make_env(), []
-    env.reset(seed=0)
-    sim = env.unwrapped.simulator.sim
+    images = []
     with h5py.File(path, "r") as file:
         for name, count in zip(hdf5.names(file), steps):
             if "states" not in file["data"][name]:
                 raise ValueError(f"{path}: data/{name} has no 'states' to make pictures of; record it again: "
                                  f"python -m demos --task {view.task.name} --out FILE")
-            for state in file["data"][name]["states"][:count]:
-                sim.set_state_from_flattened(state)
-                sim.forward()
-                images.append(view(env))
-    env.close()
+            images += [view.of_state(state) for state in file["data"][name]["states"][:count]]
     return np.array(images)
