@@ -31,7 +31,8 @@ from torch.nn import functional as F
 
 import demos
 import envs
-from adapters.backbone import Backbone, tiny_backbone
+from adapters.backbone import INSTRUCTIONS, Backbone, tiny_backbone
+from adapters.cost import cost
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from demos.views import Seeing, View, see_demonstrations
 from flow_policy import FlowPolicy
@@ -39,10 +40,6 @@ from logbook import (Clock, Interrupt, Logbook, Progress, UserError, cli, curve,
                      refuse_nonfinite)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
-
-INSTRUCTIONS = {"lift": "lift the red cube", "can": "put the can into its bin", "square": "put the nut on the peg",
-                "pick-pen": "pick up the pen and put it into the holder",
-                "hang-keychain": "hang the keychain on the hook"}
 
 
 # ---- the trainable head ----------------------------------------------------------------------------------------------
@@ -228,10 +225,12 @@ class Learner:
             ema_update(self.target, self.critic, args.tau)
         if warmup:
             return stats
-        with self.clock("e_step"):
-            candidates, weights, e_stats = e_step(
-                policy, lambda _, chunks: aggregate(self.target(seen, chunks), args.pessimism), context,
-                args.num_candidates, args.temperature)
+        candidates, weights, e_stats = None, None, {}
+        if args.guidance > 0:
+            with self.clock("e_step"):
+                candidates, weights, e_stats = e_step(
+                    policy, lambda _, chunks: aggregate(self.target(seen, chunks), args.pessimism), context,
+                    args.num_candidates, args.temperature)
         with self.clock("m_step"):
             loss, m_stats = m_step_loss(policy, context, batch.chunk, batch.valid, candidates, weights, args.guidance,
                                         args.clip)
@@ -381,37 +380,13 @@ def demonstrations(args, view: View, policy: VLAFlowHead) -> dict:
     return data | {"reward": data["reward"] + args.reward_offset}
 
 
-def cost(args, learner: Learner, rows: int) -> str:
-    """Measure and describe what a run will take: memory, prefix, head step, updates/s, and what to lower."""
-    policy, size, n, k = learner.policy, args.batch_size, args.num_candidates, args.flow_steps
-    backbone, width = policy.backbone, policy.state_dim + policy.length * policy.width
-    weights = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
-    head, critic = (sum(p.numel() for p in net.parameters()) for net in (policy, learner.critic))
+def price(args, learner: Learner, rows: int) -> str:
+    """What this run will take, measured; rows: of the replay."""
+    policy, backbone = learner.policy, learner.policy.backbone
     image = torch.full((1, VIEWS, backbone.size, backbone.size, 3), 100, dtype=torch.uint8)
-    context = policy.encode(policy.observe(image, torch.zeros(1, policy.state_dim)).expand(size, -1))
-    actions = torch.zeros(size, n + 1, policy.horizon, policy.action_dim, device=policy.device)
-
-    def seconds(call):
-        call()
-        start = time.perf_counter()
-        call(), call()
-        if policy.device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / 2
-
-    prefix = seconds(lambda: backbone(image))
-    draw = seconds(lambda: policy.sample(context, n))
-    loss = seconds(lambda: policy.cfm_loss(context, actions).mean().backward())
-    policy.zero_grad()
-    update = draw * (1 + 1 / n) + loss
-    return (f"cost: backbone {weights / 1e6:.1f} MB, once a state, {1e3 * prefix:.1f} ms for {backbone.views} views; "
-            f"head {head / 1e6:.2f} M and critic {critic / 1e6:.2f} M weights, {20e-6 * (head + critic):.0f} MB with "
-            f"Adam and averages; replay {8e-6 * width * rows:.0f} MB\n"
-            f"      N x K = {n} x {k} head steps on {size} states, {1e3 * draw / k:.1f} ms each, sharing one prefix: "
-            f"at most {1 / update:.1f} updates/s; {args.online_steps / args.steps_per_update * update / 60:.0f} min "
-            f"for {args.online_steps // args.steps_per_update} updates\n"
-            "      too slow: lower --num-candidates, --flow-steps, --batch-size or raise --steps-per-update; too big: "
-            "lower --capacity, --batch-size or take a smaller --backbone")
+    obs = policy.observe(image, torch.zeros(1, policy.state_dim))
+    return cost(policy, lambda: backbone(image), policy.encode(obs.expand(args.batch_size, -1)), args.num_candidates,
+                args.online_steps // args.steps_per_update, learner.critic, backbone.model, 8 * obs.shape[1] * rows)
 
 
 class Run:
@@ -555,7 +530,7 @@ def main(argv=None):
     learner, demo_steps = Learner(args, policy), len(data["obs"]) if fresh else state["run"]["replay"]["demos"]
     run = Run(args, learner, view, demo_steps)
     if fresh:
-        print(cost(args, learner, run.replay.capacity), flush=True)
+        print(price(args, learner, run.replay.capacity), flush=True)
         run.replay.extend(data)
         run.supervised()
         run.evaluate(book, 0)
