@@ -1,6 +1,6 @@
 """POCO on a vision-language-action policy: a flow action head on a frozen vision-language model (Sec. V-F, Table V).
 
-    python vla_head.py --task lift --preset cpu                # tiny random backbone, 12 min on two cores
+    python vla_head.py --task lift --preset cpu                # tiny random backbone: 7 minutes of one core's time
     python vla_head.py --task lift --preset paper --backbone DIR      # Table V on real SmolVLM or PaliGemma weights
     from vla_head import Backbone, Learner, VLAFlowHead, INSTRUCTIONS               # as robot.py does
 
