@@ -168,7 +168,9 @@ class Adapter(FlowPolicy):
             setattr(config, name, value)
         library = library_class.from_pretrained(folder, config=config, local_files_only=True)
         verify_weights(library, folder)
-        pair = make_pre_post_processors(config, pretrained_path=str(folder))
+        pair = (None, None)
+        if (Path(folder) / "policy_preprocessor.json").is_file():
+            pair = make_pre_post_processors(config, pretrained_path=str(folder))
         return cls(library, action_dim, processors=pair)
 
 

@@ -1,11 +1,13 @@
 """LeRobot 0.6.1 beside this project's pins: Python 3.11 and a CPU build of torch without torchvision.
 
-    lerobot = prepare()        # None, or why the adapters' tests cannot run
+    with importable():         # reason() says why the adapters' tests cannot run, None if they can
+        import lerobot
 
 LeRobot asks for Python 3.12 and torch < 2.12. Its models need neither: on 3.11 three of its files hold new syntax for
 type parameters, rewritten here while they are loaded, and torchvision and datasets, which its models never call but
 its configuration imports, are stood in for by empty modules. The model classes that are tested are the installed ones.
 """
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -59,14 +61,26 @@ def missing():
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
-def prepare():
-    """Make `import lerobot` work, offline. Returns None or what is missing."""
+def reason():
+    """Why the adapters' tests cannot run, None if they can."""
+    return f"not installed: {', '.join(missing())}" if missing() else None
+
+
+@contextlib.contextmanager
+def importable():
+    """While it lasts `import lerobot` works, offline."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if missing():
-        return "not installed: " + ", ".join(missing())
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path) and sys.version_info < (3, 12):
-        import transformers.utils.import_utils as available
-        from transformers import AutoProcessor  # noqa: F401 - it looks for torchvision once, before the stand-in
-        available.is_torchvision_available()
-        sys.meta_path.insert(0, _Finder())
-    return None
+    if sys.version_info >= (3, 12):
+        yield
+        return
+    import transformers.utils.import_utils as available
+    from transformers import AutoProcessor  # noqa: F401 - it looks for torchvision once, before the stand-in
+    available.is_torchvision_available()
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _Stub)]:
+            del sys.modules[name]

@@ -2,8 +2,9 @@
 
     python -m pytest tests/test_adapters.py
 
-The session's header says which of the three can run here (tests/conftest.py).
+The session's last lines say which of the three ran (tests/conftest.py).
 """
+import contextlib
 import copy
 
 import pytest
@@ -11,12 +12,17 @@ import torch
 from torch.testing import assert_close
 
 import poco
-from lerobot_here import prepare
+from lerobot_here import importable, reason
 
-REASON = prepare()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"adapters: {REASON}")
+pytestmark = pytest.mark.skipif(reason() is not None, reason=f"adapters: {reason()}")
 B, N, H, A = 2, 3, 4, 5
 IMAGE, WORDS = "observation.images.top", "observation.language."
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lerobot():
+    with importable():
+        yield
 
 
 def features():
@@ -41,9 +47,10 @@ def randomise(module, std=0.1):
         parameter.data += std * torch.randn(parameter.shape, generator=g)
 
 
-def build_pi05():
+@contextlib.contextmanager
+def tiny_pi05():
+    """The library with small sizes in place of its literals."""
     import lerobot.policies.pi05.modeling_pi05 as lib
-    from adapters.pi05 import Pi05
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8, vocab_size=128)
     small = copy.copy(lib.get_gemma_config("gemma_300m"))
     small.width, small.depth, small.mlp_dim, small.head_dim = 32, 2, 64, 8
@@ -68,6 +75,12 @@ def build_pi05():
         patch.setattr(lib, "get_gemma_config", lambda variant: small)
         patch.setattr(lib, "PaliGemmaForConditionalGenerationWithPiGemma", small_vlm)
         patch.setattr(lib, "PiGemmaForCausalLM", small_expert)
+        yield lib
+
+
+def build_pi05():
+    from adapters.pi05 import Pi05
+    with tiny_pi05() as lib:
         inputs, outputs = features()
         config = lib.PI05Config(chunk_size=H, n_action_steps=H, num_inference_steps=5, image_resolution=(32, 32),
                                 input_features=inputs, output_features=outputs, device="cpu", train_expert_only=True)
@@ -115,7 +128,7 @@ def build_smolvla(folder):
 
 
 @pytest.fixture(scope="module", params=["pi05", "smolvla"])
-def built(request, tmp_path_factory):
+def built(request, tmp_path_factory, lerobot):
     torch.manual_seed(0)
     if request.param == "pi05":
         return build_pi05()
@@ -210,7 +223,7 @@ def test_weights_that_did_not_load_are_refused_by_name(built, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def groot():
+def groot(lerobot):
     pytest.importorskip("diffusers", reason="adapters: GR00T needs diffusers")
     from adapters.groot import Groot
     from lerobot.policies.groot.groot_n1_7 import GR00TN17ActionHead, GR00TN17Config
@@ -264,3 +277,26 @@ def test_poco_trains_groots_whole_head_without_dropout(groot):
     assert torch.equal(groot.velocity(context, noise, t), groot.velocity(context, noise, t))
     shared = copy.deepcopy(groot)
     assert all(one is not two for one, two in zip(groot.parameters(), shared.parameters()))
+
+
+def test_a_saved_policy_loads_with_another_horizon_and_an_unloadable_one_is_refused(lerobot, tmp_path):
+    """The library prints its loading errors and returns random weights: here that is an error."""
+    from adapters.pi05 import Pi05
+    from logbook import UserError
+    from safetensors.torch import load_file, save_file
+    policy, _ = build_pi05()
+    policy.library.save_pretrained(tmp_path)
+    with tiny_pi05():
+        loaded = Pi05.load(tmp_path, A, horizon=H + 2)
+        data, noise = batch(), torch.randn(B, 1, H + 2, policy.width)
+        assert loaded.sample(loaded.encode(data), 1, noise).shape == (B, 1, H + 2, A)
+        x, t = torch.randn(B, 1, H, policy.width), torch.rand(B, 1)
+        same = Pi05.load(tmp_path, A)
+        assert_close(same.velocity(same.encode(data), x, t), policy.velocity(policy.encode(data), x, t))
+        weights = load_file(tmp_path / "model.safetensors")
+        name = next(name for name in weights if "action_out_proj.weight" in name)
+        save_file(weights | {name: weights[name][:3].clone()}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match="were not loaded"):
+            Pi05.load(tmp_path, A)
+        with pytest.raises(UserError, match="no model.safetensors"):
+            Pi05.load(tmp_path / "none", A)
