@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_adapters.py
 
-The session's last lines say which of the three ran (tests/conftest.py).
+The last line of the output says which of the three ran (tests/conftest.py).
 """
 import contextlib
 import copy
