@@ -19,6 +19,8 @@ demo: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps robosuite==1.5.2 robomimic==0.3.0
+	-$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
+		lerobot==0.6.1 diffusers==0.42.1        # optional: the adapters' tests; without it they are skipped, aloud
 	@touch $@
 
 clean:

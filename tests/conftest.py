@@ -28,3 +28,15 @@ def pytest_itemcollected(item):
 def pytest_configure(config):
     config.addinivalue_line("markers", "sim: steps a simulator")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which VLA adapters were really run, because a skip is easily overlooked."""
+    reports = {kind: [one.nodeid for one in terminalreporter.stats.get(kind, []) if "test_adapters" in one.nodeid]
+               for kind in ("passed", "failed", "skipped")}
+    ran = [name for name in ("pi05", "smolvla", "groot") if any(name in one for one in
+                                                                 reports["passed"] + reports["failed"])]
+    if ran or reports["skipped"]:
+        from lerobot_here import missing
+        why = f"; not installed: {', '.join(missing())}" if missing() else ""
+        terminalreporter.write_line(f"VLA adapters run on the library's own classes: {', '.join(ran) or 'none'}{why}")

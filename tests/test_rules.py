@@ -18,14 +18,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 METHOD = ("poco", "flow_policy", "chunk_critic", "replay")
 # Imports point downwards, or sideways above the ground floor; the ground floor imports no project file at all.
-FLOORS = ({*METHOD, "logbook", "envs"}, {"arms", "demos", "distributed", "vla_head", "robot"},
+FLOORS = ({*METHOD, "logbook", "envs"}, {"adapters", "arms", "demos", "distributed", "vla_head", "robot"},
           {"train_offline", "train_online", "baselines", "benchmarks"})
 PROJECT = set.union(*FLOORS)
 SIMULATORS = {"robosuite", "robomimic", "mujoco", "ogbench", "dm_control"}
 LAYOUT = """poco.py flow_policy.py chunk_critic.py replay.py envs.py robot.py vla_head.py train_offline.py
-train_online.py tests demos logbook baselines arms distributed benchmarks README.md requirements.txt
+train_online.py tests demos logbook baselines adapters arms distributed benchmarks README.md requirements.txt
 Makefile LICENSE .ci/run""".split()
-PENDING = {"vla_head.py", "baselines", "distributed"}       # skipped until they exist
+PENDING = {"distributed"}                    # skipped until it exists
 
 TOP = sorted(ROOT.glob("*.py"))
 SOURCES = TOP + sorted(path for name in PROJECT for path in (ROOT / name).rglob("*.py"))
@@ -173,11 +173,12 @@ def test_nothing_else_lives_at_the_top_level():
 
 @pytest.mark.parametrize("path", ALL, ids=identifier)
 def test_files_are_short_plain_and_narrow(path):
-    """ASCII, at most 400 lines (550 for tests, the environments and the arm), the method files at most 120 columns."""
+    """ASCII, at most 400 lines (550: tests, environments, arm and VLA), the method files at most 120 columns."""
     text = path.read_bytes()
     assert text.isascii() and b"\t" not in text and b"\r" not in text
     lines = text.decode().splitlines()
-    assert len(lines) <= (550 if path.parent.name == "tests" or path.name in ("envs.py", "robot.py") else 400)
+    longer = path.parent.name == "tests" or path.name in ("envs.py", "robot.py", "vla_head.py")
+    assert len(lines) <= (550 if longer else 400)
     assert module(path) not in METHOD or not [i for i, line in enumerate(lines, 1) if len(line) > 120]
 
 
