@@ -17,7 +17,10 @@ from envs import TASKS, Task, get_task
 
 
 def save(path, task: Task, env_args: dict, episodes: list[dict]) -> Path:
-    """Atomic: a reader finds the old file or the whole new one. Each episode: obs (T+1, D), action, success, states, extra."""
+    """
+    Atomic: a reader finds the old file or the whole new one. Each episode: obs (T+1, D), action, success, states, and
+    extra if there is any.
+    """
     import h5py
 
     path = Path(path)
