@@ -341,7 +341,7 @@ def test_evaluation_does_not_depend_on_workers_and_a_pool_can_be_used_again():
 
 
 POOL_SCRIPT = """
-import gymnasium, numpy, envs
+import signal, gymnasium, numpy, envs
 
 class Env(gymnasium.Env):
     action_space, episode_seed = gymnasium.spaces.Box(-1, 1, (1,)), 0
@@ -354,6 +354,7 @@ class Policy:
 
 envs.SUITES["fake"] = Env
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # a job in the background may have begun without it
     pool = envs.Evaluator(envs.Task("fake", "fake", "", 1, 1, 1, (), (), ""), workers=2)
     pool.run(Policy(), 2, 0)
     print(*[process.pid for process, _ in pool._pool], flush=True)
