@@ -7,11 +7,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 import robot
 from arms.episodes import Take, layout, load, refuse_loss
 from arms.keypad import ScriptedPad
-from arms.learner import STARVED, Background
+from arms.learner import STARVED, Acting, Background, networks
 from arms.senses import JOINTS, PERIOD, Pace, Senses
 from arms.settings import open_arm, parse
 from logbook import Interrupt, UserError
@@ -113,6 +114,18 @@ def test_a_learner_that_falls_behind_is_told_once(capfd):
         assert background.report() == {"updates": 3}
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and f"{STARVED + 1} updates behind" in err and "--updates-per-step" in err
+
+
+def test_a_pessimistic_posterior_avoids_what_the_heads_disagree_on():
+    """Q of two chunks, heads (1, 1) and (0, 3): the mean prefers the second, one deviation less the first."""
+    args = parse(["train", *TOY, "--act", "posterior", "--num-candidates", "2"], "")
+    policy, _ = networks(args, layout("insert-usb", {"joints": 6, "gripper": 1, "eef": 9}))
+    chunks = torch.zeros(1, 2, args.horizon, 7)
+    chunks[:, 1] = 1
+    policy.sample = lambda *_, **__: chunks
+    for args.pessimism, chosen in ((0.0, 1.0), (1.0, 0.0)):
+        acting = Acting(args, policy, lambda obs, given: torch.tensor([[[1.0, 0.0]], [[1.0, 3.0]]]))
+        assert acting(np.zeros(16), np.random.default_rng(0)).mean() == chosen
 
 
 # ---- failure and running out of time
