@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from arms.episodes import Take, layout, length, merge, numbered, outcome, reach
+from arms.episodes import Take, layout, length, merge, numbered, outcome, reach, refuse_loss
 from arms.keypad import HELP, open_keypad
 from arms.kinematics import Kinematics, rotation_vector
 from arms.learner import STATS, Background, Learner, trained
@@ -220,7 +220,7 @@ class Rig:
         self.interrupt, self.auto, self.pace, self.lock = interrupt, auto, senses.pace, threading.Lock()
         self.guard = self.rest = None
         self.fed, self.trips, self.armed, self.stopped, self.done = 0.0, 0, False, False, False
-        self.told, self.silent = "", 0
+        self.told, self.unsent, self.silent = False, False, 0
 
     def __enter__(self):
         try:
@@ -270,12 +270,13 @@ class Rig:
         try:
             self.guard.start(view.joints, view.gripper)
         except UserError:
-            if not args.recover:
-                raise
             self.guard.joints, self.guard.gripper = np.clip(view.joints, self.guard.low, self.guard.high), view.gripper
+            if not args.recover or np.abs(self.guard.joints - view.joints).max() > 0.05:     # a wrong zero lies about
+                raise                                                                         # where the tool is
             goal = self.senses.kinematics.ik(box.mean(0), turned, view.joints)[0]
             if not self.move(goal, timeout=60):
                 raise UserError("the arm did not reach the middle of the box: move it there by hand") from None
+            self.guard.start((view := self._fresh()).joints, view.gripper)
         self.home = self.guard.joints.copy()
 
     def move(self, goal, timeout):
@@ -285,7 +286,7 @@ class Rig:
             view = self.senses.read(self.robot)
             joints, gripper, arrived = self.guard.slide(goal, self.guard.gripper, None if view is None else view.joints)
             self._send(joints, gripper)
-            self.silent = 0 if view else self.silent + 1
+            self.silent = 0 if view and not self.unsent else self.silent + 1
             self.stopped = self.stopped or self.keypad.poll() == "stop"
             if arrived or self.stopped or self.silent > 1 / PERIOD:
                 return arrived
@@ -370,18 +371,18 @@ class Rig:
         with self.lock:
             self.fed = time.monotonic()
             try:
-                sent = self.robot.send_action(action) or action
+                sent, self.unsent = self.robot.send_action(action) or action, False
             except (OSError, RuntimeError) as error:
-                self.senses.fault = f"a command did not reach the arm ({error})"
+                self.senses.fault, self.unsent = f"a command did not reach the arm ({error})", True
                 return None
         return self.guard.sent([sent.get(name, action[name]) for name in JOINTS], sent.get("gripper.pos", gripper))
 
     def _complain(self, view):
         """Say once what is wrong; give up after five seconds. A lost keypad ends the session."""
-        if view is None and self.senses.fault != self.told:
+        lost = view is None or self.unsent
+        if lost and not self.told:
             print(f"HOLDING: {self.senses.fault}", file=sys.stderr)
-        self.told = self.senses.fault if view is None else ""
-        self.silent = self.silent + 1 if view is None else 0
+        self.told, self.silent = lost, self.silent + 1 if lost else 0
         if self.silent > 5 / PERIOD:
             raise UserError(f"{self.senses.fault}, for five seconds: check power and cables, then --resume")
         if self.keypad.gone:
@@ -410,9 +411,9 @@ class Rig:
             if self.armed and time.monotonic() - self.fed > 3 * PERIOD and self.lock.acquire(timeout=PERIOD):
                 try:
                     self.trips += 1
-                    self.robot.send_action(dict(zip(JOINTS, self.guard.joints)) | {"gripper.pos": self.guard.gripper})
-                except (OSError, RuntimeError):
-                    pass                                  # the loop will meet the same error and tell
+                    action = dict(zip(JOINTS, self.guard.joints)) | {"gripper.pos": self.guard.gripper}
+                    with contextlib.suppress(OSError, RuntimeError):        # the loop will meet the same error and tell
+                        self.robot.send_action(action)
                 finally:
                     self.lock.release()
 
@@ -438,7 +439,6 @@ def session(args):
 def record(args):
     """Tele-operate until the folder holds args.episodes successes; failures are not kept. Returns the merged file."""
     folder = Path(args.data)
-    folder.mkdir(parents=True, exist_ok=True)
     with session(args) as rig:
         task = layout(args.task, rig.senses.sizes)
         with rig:
@@ -467,10 +467,10 @@ def train(args):
             book = Logbook.resume(folder, COLUMNS, task=args.task, method="robot")
             learner.load_state_dict(book.load("last.pt"), folder / "episodes")
         else:
+            refuse_loss(folder, args.robot)
             book = Logbook.create(folder, dataclasses.asdict(args) | {"method": "robot"}, COLUMNS, args.overwrite)
             for path in numbered(folder / "episodes"):
                 path.unlink()
-        (folder / "episodes").mkdir(exist_ok=True)
         if not learner.pretrain(lambda one: one.save(folder / "last.pt")):
             return
         files = numbered(folder / "episodes")

@@ -8,8 +8,10 @@
     transitions = load([path, ...], layout("pick-cube", sizes))
 
 A step whose observation was stale is not stored; the episode then consists of several demonstrations, `demo_0`,
-`demo_1`, ..., each without a hole, so no chunk ever crosses one. Besides robomimic's own keys each has `intervention`
-(T,) and `requested` (T, A). Needs h5py. Not here: the control loop (robot.py), the format itself (demos/hdf5.py).
+`demo_1`, ..., each without a hole, so no chunk ever crosses one. A success ends its episode with reward 1, a failure
+(key f) with 0, both terminal; running out of time truncates: what would have come next still counts. Besides
+robomimic's own keys each has `intervention` (T,) and `requested` (T, A). Needs h5py. Not here: the control loop
+(robot.py), the format itself (demos/hdf5.py).
 
 Shapes: T steps, D observation, A action.
 """
@@ -65,7 +67,8 @@ class Take:
             met[-1] = success and piece is self.pieces[-1]    # never on a step before a hole
             requested = np.nan_to_num(np.stack(piece["requested"]), posinf=0.0, neginf=0.0)
             demos.append({"obs": np.stack(piece["obs"]).astype(np.float32), "action": np.stack(piece["action"]),
-                          "success": met, "seed": seed, "states": np.zeros((steps, 0), np.float32),
+                          "success": met, "failed": self.outcome == "fail" and piece is self.pieces[-1],
+                          "seed": seed, "states": np.zeros((steps, 0), np.float32),
                           "extra": {"intervention": np.array(piece["intervention"], bool), "requested": requested}})
         if demos:
             hdf5.save(path, task, {"env_name": task.env_name, "env_kwargs": {}, "outcome": self.outcome}, demos)
@@ -91,6 +94,13 @@ def load(paths, task):
         raise UserError(f"{error} (this arm's observation is "
                         f"{', '.join(f'{k} {n}' for k, n in zip(task.obs_keys, task.obs_sizes))})") from error
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def refuse_loss(run_dir, robot):
+    """UserError if a new run in this folder would delete what a real arm has played."""
+    if robot != "sim" and (count := len(numbered(Path(run_dir) / "episodes"))):
+        raise UserError(f"{run_dir} holds {count} episodes played on {robot}, which no new run deletes: move the "
+                        f"folder away, or go on with --resume {run_dir}")
 
 
 def outcome(path):

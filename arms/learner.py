@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import os
 import signal
+import sys
 import types
 from pathlib import Path
 
@@ -35,11 +36,13 @@ from .episodes import load, numbered
 
 STATS = ("critic", "q_data", "q_mean", "q_spread", "ess", "kl", "clip_frac", "alive_mass", "bc", "surrogate")
 
+STARVED = 1000                                 # updates behind the steps at which the learner's lag is told
+
 
 def networks(args, task, device="cpu"):
     """An untrained policy and critic for observations of this layout."""
     policy = FlowPolicy(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.flow_steps)
-    critic = ChunkCritic(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers)
+    critic = ChunkCritic(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.heads)
     return policy.to(device), critic.to(device)
 
 
@@ -64,7 +67,8 @@ class Acting:
         chunks = policy.sample(policy.encode(obs), n, noise=torch.as_tensor(noise, device=obs.device))   # (1, n, H, A)
         pick = 0
         if posterior:
-            weights = posterior_weights(aggregate(self.critic(obs, chunks)), self.args.temperature)[0]
+            weights = posterior_weights(aggregate(self.critic(obs, chunks), self.args.pessimism),
+                                        self.args.temperature)[0]
             weights = weights.double().cpu().numpy()
             pick = rng.choice(n, p=weights / weights.sum())
         return chunks[0, pick].cpu().numpy()
@@ -177,7 +181,7 @@ class Learner:
         args, policy, stats = self.args, self.policy, {}
         batch = self.replay.sample(args.batch_size, self.generator)
         next_chunk = policy.sample(policy.encode(batch.next_obs), 1)
-        next_q = aggregate(self.target(batch.next_obs, next_chunk))[:, 0]
+        next_q = aggregate(self.target(batch.next_obs, next_chunk), args.pessimism)[:, 0]
         target = td_target(batch.returns, batch.bootstrap, next_q)
         loss, stats = critic_loss(self.critic, batch.obs, batch.chunk, target)
         minimise(loss, self.critic_optimizer)
@@ -185,8 +189,8 @@ class Learner:
         if self.updates >= args.warmup_updates:
             context = policy.encode(batch.obs)
             candidates, weights, e_stats = e_step(
-                policy, lambda _, chunks: aggregate(self.target(batch.obs, chunks)), context, args.num_candidates,
-                args.temperature)
+                policy, lambda _, chunks: aggregate(self.target(batch.obs, chunks), args.pessimism), context,
+                args.num_candidates, args.temperature)
             loss, m_stats = m_step_loss(policy, context, batch.chunk, batch.valid, candidates, weights, args.guidance,
                                         args.clip)
             minimise(loss, self.actor_optimizer)
@@ -258,7 +262,8 @@ class Background:
         self.args, self.policies = args, networks(args, task)
         context = multiprocessing.get_context("spawn")
         self.shared, self.lock = flat(self.policies).share_memory_(), context.Lock()
-        self.version, self.newest, self.stats = context.Value("l", 0, lock=False), -1, {}
+        self.version, self.newest = context.Value("l", 0, lock=False), -1
+        self.stats, self.told = {}, False
         self.connection, theirs = context.Pipe()
         settings = {name: value for name, value in dataclasses.asdict(args).items()}
         self.process = context.Process(target=serve, name="learner", daemon=True, args=(
@@ -303,6 +308,11 @@ class Background:
                 self.stats |= self.connection.recv()
         except (EOFError, OSError):
             self.check(sure=True)
+        behind = self.stats.pop("behind", 0)
+        if behind > STARVED and not self.told:
+            self.told = True
+            print(f"the learner is {behind} updates behind the steps, so the policy improves late: pause (space), end "
+                  "other programs, or lower --updates-per-step", file=sys.stderr)
         return self.stats
 
     def check(self, sure=False):
@@ -342,7 +352,7 @@ def serve(settings, task, connection, shared, lock, version):
         with lock:
             shared.copy_(vector)
             version.value = version.value + 1
-        connection.send(learner.report())
+        connection.send(learner.report() | {"behind": learner.owed()})
 
     publish()
     try:

@@ -47,7 +47,7 @@ class Args:
     data: str | None = None           # folder of recorded episodes; default data/<task>-<robot>
     run_dir: str | None = None        # default runs/<task>-robot-s<seed>
     resume: str | None = None         # continue this run folder where it stopped
-    overwrite: bool = False           # replace a run that is already in run_dir
+    overwrite: bool = False           # replace a run that is already in run_dir; never the episodes of a real arm
     observe: Literal["auto", "state", "vision"] = "auto"  # vision: cameras instead of the simulator's object poses
     encoder: str | None = None        # weights of the ResNet-10; without: fixed random ones, with a warning
     box_center: tuple[float, float, float] | None = None  # cm, in the arm's base frame; default: where the tool starts
@@ -64,6 +64,7 @@ class Args:
     horizon: int = 4                  # H (Table III)
     hidden: int = 512                 # width of the hidden layers of every network
     layers: int = 4                   # hidden layers of every network
+    heads: int = 2                    # M, of the critic
     flow_steps: int = 10              # K
     batch_size: int = 256             # chunks per update
     learning_rate: float = 3e-4       # Adam, in stage I
@@ -76,6 +77,7 @@ class Args:
     temperature: float = 0.001        # eta
     guidance: float = 1.0             # beta
     clip: float = 0.1                 # zeta (Table III: 0.08 to 0.1)
+    pessimism: float = 0.0            # standard deviations taken from the mean of the critic's heads
     discount: float = 0.99            # gamma
     tau: float = 0.005                # rate of the target critic's moving average
     policy_tau: float = 1.0           # rate of the acting policy's moving average; 1: the newest weights (paper)

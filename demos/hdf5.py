@@ -18,8 +18,8 @@ from envs import TASKS, Task, get_task
 
 def save(path, task: Task, env_args: dict, episodes: list[dict]) -> Path:
     """
-    Atomic: a reader finds the old file or the whole new one. Each episode: obs (T+1, D), action, success, states, and
-    extra if there is any.
+    Atomic: a reader finds the old file or the whole new one. Each episode: obs (T+1, D), action, success, states, seed,
+    and if it wants extra (rows per step) and failed (over without a success, and not because time was up).
     """
     import h5py
 
@@ -52,7 +52,10 @@ def _save_episode(group, task: Task, episode: dict) -> None:
     success = np.asarray(episode["success"], bool)
     group["actions"] = episode["action"]
     group["rewards"] = np.array([task.reward(one) for one in success], np.float32)
-    group["dones"] = success.astype(np.int64)
+    failed = bool(episode.get("failed", False))
+    group["dones"] = (success | (failed & (np.arange(len(success)) == len(success) - 1))).astype(np.int64)
+    if failed:
+        group.attrs["failed"] = True  # robomimic's own files set dones after a time-out too, so they cannot tell
     group["states"] = episode["states"]
     for key, value in episode.get("extra", {}).items():  # one row per step, for whoever reads more than robomimic does
         group[key] = value
@@ -64,7 +67,8 @@ def load(path, task: str | Task | None = None, episodes: int | None = None) -> d
     """
     All steps of a file (or of its first `episodes` demonstrations), in order: obs (N, D), action (N, A), reward (N,),
     next_obs (N, D), terminated and truncated (N,).
-    A demonstration ends at its first success (terminated) or at its last step (truncated).
+    A demonstration ends at its first success (terminated) or at its last step: terminated if its attribute `failed`
+    says so, otherwise truncated.
     """
     import h5py
 
@@ -163,13 +167,15 @@ def _load_episode(where: str, group, task: Task) -> dict[str, np.ndarray]:
         raise ValueError(f"{where}: all keys must have the same positive length, found {sorted(lengths)}")
     success = columns["rewards"] > 0
     steps = int(success.argmax()) + 1 if success.any() else len(success)  # the first success ends the episode
-    terminated = success[:steps]
+    success = success[:steps]
+    terminated = success.copy()
+    terminated[-1] |= bool(group.attrs.get("failed", False))
     truncated = np.zeros(steps, bool)
     truncated[-1] = not terminated[-1]
     return {
         "obs": np.concatenate(parts, axis=1)[:steps],
         "action": np.clip(columns["actions"][:steps], -1.0, 1.0),
-        "reward": np.array([task.reward(bool(one)) for one in terminated], np.float32),
+        "reward": np.array([task.reward(bool(one)) for one in success], np.float32),
         "next_obs": np.concatenate(next_parts, axis=1)[:steps],
         "terminated": terminated,
         "truncated": truncated,

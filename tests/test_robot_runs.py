@@ -115,14 +115,15 @@ def test_an_exception_holds_then_rests_and_stop_only_holds():
     ([None] * 4 + ["success"], "success", 1), ([None] * 4 + ["fail"], "fail", 0),
     ([None] * 12, "timeout", 0), ([None] * 12 + ["success"], "success", 1)])
 def test_labels(events, expected, reward, tmp_path):
-    """Success terminates with reward 1; a failure and running out of time truncate with 0; who forgot is asked once."""
+    """Success terminates with reward 1, a failure with 0; running out of time truncates; who forgot is asked once."""
     scene = Scene(events, limit=12)
     with scene.rig as rig:
         take = rig.episode(still, 0)
     take.save(tmp_path / "episode_00000.hdf5", scene.task, take.outcome == "success")
     rows = load([tmp_path / "episode_00000.hdf5"], scene.task)
     assert take.outcome == expected == outcome(tmp_path / "episode_00000.hdf5")
-    assert rows["reward"].sum() == reward == rows["terminated"].sum() and rows["truncated"].sum() == 1 - reward
+    assert rows["reward"].sum() == reward and rows["terminated"].sum() == (expected != "timeout")
+    assert rows["truncated"].sum() == (expected == "timeout")
 
 
 def test_a_take_over_is_smooth_flagged_and_forgets_the_rest_of_the_chunk(tmp_path):
