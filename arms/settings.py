@@ -26,7 +26,8 @@ TASKS = {"pick-cube": dict(episode_limit=200, box_size=(40, 40, 30)),
          "insert-usb": dict(episode_limit=200, box_size=(20, 15, 15)),
          "assemble-ssd": dict(episode_limit=180, box_size=(12, 15, 15)), "pick-pen": VLA, "hang-keychain": VLA}
 PRESETS = {"paper": {}, "cpu": dict(                                       # ours: minutes on a laptop
-    hidden=256, layers=3, flow_steps=5, batch_size=128, online_learning_rate=3e-4, critic_learning_rate=1e-3,
+    hidden=256, layers=3, flow_steps=5, batch_size=128, online_learning_rate=3e-4, critic_learning_rate=3e-4,
+    act="posterior", heads=5, pessimism=1.0, tau=0.02,
     num_candidates=8, pretrain_steps=5000, warmup_updates=2000, capacity=10_000, reward_offset=-0.01, demo_share=0.5,
     temperature=0.01, clip=0.6, policy_tau=0.005, episode_limit=100)}
 
