@@ -115,9 +115,12 @@ def validate(args):
     for name in POSITIVE:
         if not getattr(args, name, 1) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
-    for name, least in (("temperature", 1e-6), ("clip", 0.0), ("guidance", 0.0), ("pessimism", 0.0)):
+    for name, least in (("temperature", 1e-6), ("clip", 0.0), ("guidance", 0.0), ("pessimism", 0.0),
+                        ("rollouts", 0)):
         if not getattr(args, name, 1.0) >= least:
             raise UserError(f"--{name} must be at least {least:g}, got {getattr(args, name)}")
+    if getattr(args, "ray", None) and not args.rollouts:
+        raise UserError("--ray needs the number of its workers: --rollouts N")
     share = getattr(args, "demo_share", None)
     if share is not None and not 0 <= share <= 1:
         raise UserError(f"--demo-share is between 0 and 1, got {share}")
@@ -306,6 +309,26 @@ def stage_one(args, device):
     policy = pretrain(args, data, device, book, state)
     book.close()
     return None if policy is None else (policy, book)
+
+
+def load_policy(args, device, data):
+    """The policy stage II begins with: from args.checkpoint, or trained now. None if the user interrupted stage I."""
+    if args.setting == "online":
+        return make_policy(args, device, data)
+    if args.checkpoint is None:
+        offline = Args(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Args)})
+        other = f"-h{args.horizon}" if args.horizon != Args.horizon else ""         # another policy, another run
+        offline.run_dir = f"runs/{args.task}-bc{other}-s{args.seed}"
+        offline.resume, offline.overwrite = None, False
+        done = stage_one(offline, device)
+        return None if done is None else done[0]
+    policy = make_policy(args, device)
+    try:
+        policy.load_state_dict(load_checkpoint(args.checkpoint)["policy"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{args.checkpoint} does not fit the networks of this run ({str(error).splitlines()[0]}); "
+                        "use the same --task, --preset, --hidden, --layers and --horizon in both stages") from error
+    return policy
 
 
 def evaluate(args, policy):

@@ -2,6 +2,7 @@
 
     python train_online.py --task lift                            # the whole of Algorithm 1 on a laptop
     python train_online.py --task lift --act posterior            # acts from the particle posterior instead (ours)
+    python train_online.py --task lift --rollouts 1               # acts in another process while this one learns
     python train_online.py --resume runs/lift-poco-s0             # continues an interrupted run exactly
     python train_online.py --eval runs/lift-poco-s0 --video       # evaluates its checkpoint
 
@@ -9,6 +10,7 @@ Writes runs/<task>-poco-s<seed>/: args.json, progress.csv, eval.csv, TensorBoard
 Below: POCO's update, then a loop that knows only an agent; a baseline is a file with such an agent (baselines/).
 Not here: the E-step and M-step (poco.py), the networks (flow_policy.py, chunk_critic.py).
 """
+import contextlib
 import copy
 import dataclasses
 from dataclasses import dataclass
@@ -18,14 +20,15 @@ from typing import Literal
 import numpy as np
 import torch
 
+import distributed
 import envs
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from logbook import (Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint,
                      refuse_nonfinite)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
-from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstrations, environment, make_policy, parse,
-                           record_result, setup, stage_one, video)
+from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstrations, environment, load_policy,
+                           make_policy, parse, record_result, setup, video)
 
 
 @dataclass
@@ -50,6 +53,8 @@ class LoopArgs(OfflineArgs):
     final_episodes: int = 100         # episodes of the last evaluation
     log_every: int = 500              # environment steps between rows of progress.csv
     save_every: int = 5000            # environment steps between checkpoints
+    rollouts: int = 0                 # processes that act while this one learns; 0: in turn, bitwise repeatable
+    ray: str | None = None            # the rollouts as actors of a Ray cluster: its address, or local to start one
 
 
 @dataclass
@@ -170,13 +175,14 @@ class Interaction:
                                   args.discount, agent.device, args.demo_share)
         self.act_rng, self.episode_rng = np.random.default_rng([args.seed, 1]), np.random.default_rng([args.seed, 2])
         self.batch_rng = torch.Generator(agent.device).manual_seed(args.seed + 1)
-        acting = agent.acting(agent.collects)
+        acting, options = agent.acting(agent.collects), {"task": args.task, **environment(args)}
 
         def act(obs):
             with clock("act"):
                 return acting(obs[None], self.act_rng)
 
-        self.runner = envs.ChunkRunner(envs.make_env(args.task, **environment(args)), act)
+        self.runner = envs.ChunkRunner(envs.make_env(**options), act) if args.rollouts == 0 else distributed.Rollouts(
+            acting, options, args.rollouts, args.seed, EVAL_SEED, args.horizon, args.ray)
         self.steps, self.episodes, self.recent = 0, 0, []
 
     def start(self, demonstrations):
@@ -219,6 +225,8 @@ class Interaction:
                 "torch_rng": torch.get_rng_state()}
 
     def load_state_dict(self, state):
+        if ("waiting" in state["runner"]) != (self.args.rollouts > 0):
+            raise UserError("a run goes on as it began: in turn (--rollouts 0) or with --rollouts of any number")
         self.replay.load_state_dict(state["replay"])
         self.runner.load_state_dict(state["runner"])
         self.steps, self.episodes, self.recent = state["steps"], state["episodes"], state["recent"]
@@ -226,6 +234,9 @@ class Interaction:
         self.episode_rng.bit_generator.state = state["episode_rng"]
         self.batch_rng.set_state(state["batch_rng"])
         torch.set_rng_state(state["torch_rng"])
+
+    def close(self):
+        (self.runner if self.args.rollouts else self.runner.env).close()
 
 
 def train(args, agent, data, clock, book, state=None, world_class=Interaction):
@@ -236,7 +247,8 @@ def train(args, agent, data, clock, book, state=None, world_class=Interaction):
     else:
         for name, part in (("agent", agent), ("world", world), ("report", report)):
             part.load_state_dict(state[name])
-    with Interrupt() as interrupt, envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator, \
+    with contextlib.closing(world), Interrupt() as interrupt, \
+            envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator, \
             Progress("", args.online_steps, args.log_every, world.steps, report.updates) as bar:
         if world.steps == 0:
             evaluate(args, agent, evaluator, args.final_episodes, 0, book, bar)
@@ -331,26 +343,6 @@ def evaluate(args, agent, evaluator, episodes, step, book, bar):
         bar.write(f"step {step}, acting from the {mode}: success {result}")
         rates[mode] = result.success_rate
     return rates[modes[0]]
-
-
-def load_policy(args, device, data):
-    """The stage-I policy: from args.checkpoint, or trained now. None if the user interrupted stage I."""
-    if args.setting == "online":
-        return make_policy(args, device, data)
-    if args.checkpoint is None:
-        offline = OfflineArgs(**{field.name: getattr(args, field.name) for field in dataclasses.fields(OfflineArgs)})
-        other = f"-h{args.horizon}" if args.horizon != OfflineArgs.horizon else ""         # another policy, another run
-        offline.run_dir = f"runs/{args.task}-bc{other}-s{args.seed}"
-        offline.resume, offline.overwrite = None, False
-        done = stage_one(offline, device)
-        return None if done is None else done[0]
-    policy = make_policy(args, device)
-    try:
-        policy.load_state_dict(load_checkpoint(args.checkpoint)["policy"])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{args.checkpoint} does not fit the networks of this run ({str(error).splitlines()[0]}); "
-                        "use the same --task, --preset, --hidden, --layers and --horizon in both stages") from error
-    return policy
 
 
 def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy, world_class=Interaction):

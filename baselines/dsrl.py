@@ -26,7 +26,7 @@ import torch
 import envs
 import train_online
 from chunk_critic import aggregate, critic_loss, ema_update, td_target
-from logbook import cli
+from logbook import UserError, cli
 from replay import ChunkReplay
 from train_online import LoopArgs, adam, autocast, make_critic, minimise
 from .fql import frozen
@@ -118,6 +118,8 @@ class DSRL:
         self.temperature = Temperature(args.init_temperature).to(self.device)
         self.steered = Steered(policy, self.actor, args.noise_bound, not self.aliasing).to(self.device)
         self.memory = None if self.aliasing else ChunkMemory(args, policy)
+        if self.memory is not None and args.rollouts:
+            raise UserError(f"{args.variant} learns from the noise it acted with, which --rollouts do not report")
         self.actor_optimizer = adam([*self.actor.parameters(), *self.temperature.parameters()], args)
         self.critic_optimizer = adam(self.critic.parameters(), args)
         self.noise_optimizer = adam(self.noise_critic.parameters(), args) if self.aliasing else None

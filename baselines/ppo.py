@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import envs
+from logbook import UserError
 from train_offline import EVAL_SEED, environment
 from train_online import LoopArgs, minimise
 
@@ -163,6 +164,8 @@ class Rollouts:
     counters = ("steps", "episodes", "recent", "began", "row", "turn", "done")
 
     def __init__(self, args, agent, clock, demo_steps):
+        if args.rollouts:
+            raise UserError("on-policy methods play with exactly the policy they update: they take no --rollouts")
         self.args, self.agent, self.clock = args, agent, clock
         obs_dim, horizon, flow = (envs.TASKS[args.task].obs_dim,), (args.horizon,), agent.policy.flow_steps
         shapes = {"obs": obs_dim, "next_obs": obs_dim, "chain": (flow + 1, *horizon, agent.policy.action_dim),
@@ -267,3 +270,7 @@ class Rollouts:
         self.episode_rng.bit_generator.state = state["episode_rng"]
         self.noise_rng.set_state(state["noise_rng"])
         self.batch_rng.set_state(state["batch_rng"])
+
+    def close(self):
+        for runner in self.runners:
+            runner.env.close()
