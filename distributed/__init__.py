@@ -99,7 +99,7 @@ def serve(connection, payload, slot, weights, version, taken):
 
 
 class Processes:
-    """Workers as processes of this machine; weights in shared memory, written without a lock that a dead one could hold.
+    """Workers as processes of this machine; weights in shared memory, without a lock that a dead one could hold.
 
     `taken` counts the steps the learner has taken from each slot.
     """
@@ -144,8 +144,8 @@ class Processes:
 class Rollouts:
     """Stands in for envs.ChunkRunner: `step` hands out what `count` workers have played, one episode after another.
 
-    acting(obs (1, D), rng) -> chunk (H, A) is what acts, with the weights its networks have at the time; make(**options)
-    gives each worker its environment, bound limits the episodes' seeds; address: of a Ray cluster, or "local".
+    acting(obs (1, D), rng) -> chunk (H, A) acts, with the weights its networks have at the time; make(**options) is a
+    worker's environment, bound limits the episodes' seeds; address: of a Ray cluster, or "local".
     """
 
     def __init__(self, acting, options, count, seed, bound, horizon, address=None,
@@ -195,8 +195,8 @@ class Rollouts:
             if item is None:
                 self.deaths[slot] += 1
                 if self.deaths[slot] > PATIENCE:
-                    raise UserError(f"rollout worker {slot} died {self.deaths[slot]} times in a row: out of memory? Try "
-                                    "fewer --rollouts")
+                    raise UserError(f"rollout worker {slot} died {self.deaths[slot]} times in a row: out of memory? "
+                                    "Try fewer --rollouts")
                 print(f"rollout worker {slot} died; a new one plays episode {self.numbers[slot]} from its start",
                       file=sys.stderr, flush=True)
                 self._start(slot)
