@@ -10,7 +10,6 @@
 command passes the Guard; the learner has a process of its own, so that the 15 Hz loop never waits for it. Before the
 first motion read README, "A real arm": a hardware emergency stop is mandatory, position control has no compliance.
 Writes runs/<task>-robot-s<seed>/: args.json, progress.csv, eval.csv, episodes/*.hdf5, last.pt, curve.png.
-
 Not here: drivers and kinematics (arms/), keys (arms/keypad.py), files of episodes (arms/episodes.py), stages I and II
 themselves (arms/learner.py), a VLA's head (vla_head.py), compliance, force sensing, learnt rewards.
 Shapes: A = 7 is shift xyz, turn xyz, gripper, each in [-1, 1]; H chunk, D observation. SI units inside, cm in Args.
@@ -33,6 +32,7 @@ from arms.kinematics import Kinematics, rotation_vector
 from arms.learner import STATS, Background, Learner, trained
 from arms.senses import JOINTS, PERIOD, Pace, Senses, rotation_matrix
 from arms.settings import open_arm, parse
+from distributed.arm import Faraway
 from logbook import Interrupt, Logbook, UserError, cli, curve
 
 OPEN = 0.07                                    # gripper opening in metres at action +1
@@ -462,7 +462,7 @@ def train(args):
     folder = Path(args.run_dir)
     with session(args) as rig:
         task = layout(args.task, rig.senses.sizes)
-        learner = Learner(args, task)                        # refuses missing demonstrations before anything is written
+        learner = (Faraway if args.learner else Learner)(args, task)         # refuses missing demonstrations first
         if args.resume:
             book = Logbook.resume(folder, COLUMNS, task=args.task, method="robot")
             learner.load_state_dict(book.load("last.pt"), folder / "episodes")
@@ -476,7 +476,7 @@ def train(args):
         files = numbered(folder / "episodes")
         recent, steps = [float(outcome(path) == "success") for path in files], sum(length(path) for path in files)
         book.rewind(steps)
-        if args.realtime:
+        if args.realtime and not args.learner:
             learner = Background(args, task)
         else:
             for path in files[learner.absorbed:]:

@@ -88,6 +88,7 @@ class Args:
     save_every: int = 500             # updates between checkpoints
     threads: int = 1                  # CPU threads of the learner
     device: str = "auto"              # of the learner; the arm's process acts on the CPU
+    learner: str | None = None        # address of a Ray cluster whose GPU machine learns; None: a process here
 
     def seed_of(self, number):
         """Of simulated episode `number`: recording, training and evaluation never share one."""

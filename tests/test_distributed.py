@@ -2,65 +2,77 @@
 
     python -m pytest tests/test_distributed.py
 
-The environment is a counter that takes no time to import; the simulator itself is run by tests/test_train.py's settings.
+What does not hang on processes is tested with threads, on an environment that costs nothing (counter.py).
 Not here: an arm's learner on another machine (test_distributed_arm.py).
 """
-import copy
+import contextlib
 import os
+import queue
 import signal
+import subprocess
 import sys
+import threading
 import time
+import types
+from pathlib import Path
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
 
+import demos
 import distributed
-from distributed import Rollouts
-from logbook import UserError
+import train_online
+from baselines import dsrl, ppo
+from counter import HORIZON, LIMIT, Actor, Counter, Suicide
+from distributed import Rollouts, cluster, flat, play
+from logbook import UserError, load_checkpoint, save_checkpoint
+from train_offline import make_policy, preset_defaults
 
-LIMIT, HORIZON = 12, 3
+ROOT = Path(__file__).parent.parent
+
+class Threads:
+    """Workers as threads of this process: the quickest pull and push there are."""
+
+    def __init__(self, count, vector):
+        self.taken, self.queue, self.version, self.stopped = [0] * count, queue.Queue(), 0, False
+        self.publish(vector)
+
+    def start(self, slot, job):
+        def pull(known):
+            if self.stopped:
+                raise EOFError
+            version, weights = self.newest
+            return version, None if version == known else weights, self.taken[slot]
+
+        def run():
+            with contextlib.suppress(EOFError):
+                play(pull, lambda item: self.queue.put((slot, item)), **job)
+        threading.Thread(target=run, daemon=True).start()
+
+    def publish(self, vector):
+        self.version += 1
+        self.newest = self.version, vector.numpy().copy()
+
+    def take(self, seconds):
+        found = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self.queue.get(timeout=seconds or 1e-3))
+            while True:
+                found.append(self.queue.get_nowait())
+        return found
+
+    def close(self):
+        self.stopped = True
 
 
-class Counter(gymnasium.Env):
-    """obs is (episode seed, step, pid); an episode of 5 to 12 steps, by its seed, ends in success if that is even."""
-
-    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
-
-    def __init__(self, task, episode_limit, env_args=None):
-        self.episode_seed, self.steps, self.wait = 0, 0, task
-
-    def reset(self, *, seed=None, options=None):
-        self.episode_seed, self.steps = seed, 0
-        return self._obs(), {}
-
-    def _obs(self):
-        return np.array([self.episode_seed % 10_000, self.steps, os.getpid() % 10_000], np.float32)
-
-    def step(self, action):
-        time.sleep(self.wait)
-        if not np.isfinite(action).all():
-            raise ValueError("the action is not finite")
-        self.steps += 1
-        end, won = self.steps == 5 + self.episode_seed % 8, self.episode_seed % 2 == 0
-        return self._obs(), float(end and won), end and won, end and not won, {"success": end and won}
-
-
-class Actor(torch.nn.Module):
-    """Acts with its only weight, so that a step tells which weights chose it."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(4))
-
-    def forward(self, obs, rng):
-        return np.full((HORIZON, 2), self.weight[0].item(), np.float32)
-
-
-def rollouts(count=1, wait=0.001, seed=0, address=None, actor=None):
-    return Rollouts(actor or Actor(), {"task": wait, "episode_limit": LIMIT}, count, seed, 1_000_000, HORIZON, address,
-                    make=Counter)
+def rollouts(count=1, wait=0.001, seed=0, address=None, actor=None, threads=False, make=Counter):
+    runner = Rollouts(actor or Actor(), {"wait": wait, "episode_limit": LIMIT}, count, seed, 1_000_000, HORIZON,
+                      address, make)
+    if threads:
+        runner.crew.close()
+        runner.crew = Threads(count, flat(runner.parts))
+    return runner
 
 
 def taken(runner, steps, actor=None):
@@ -95,6 +107,7 @@ def check_order(moves):
 
 @pytest.fixture
 def one():
+    """Makes Rollouts that are closed at the end."""
     made = []
 
     def make(*args, **kwargs):
@@ -105,9 +118,227 @@ def one():
         runner.close()
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_steps_come_in_order_and_whole_episodes_of_different_seeds(one, count):
-    moves = taken(one(count), 80)
+def seeds(moves):
+    return [part[0].obs[0] for part in episodes(moves)]
+
+
+def workers(runner):
+    return [process.pid for process, _ in runner.crew.workers]
+
+
+def watched(runner, steps, wait=0.002):
+    """Steps taken by a learner whose weight is the number of steps it has taken, and their weights' versions."""
+    moves, versions = [], []
+    for i in range(steps):
+        episode, row = runner.waiting[0] if runner.waiting else None, runner.row
+        moves.append(runner.step())
+        episode = episode or (runner.waiting[0] if runner.row else None)
+        versions.append(episode["version"][row] if episode else versions[-1])
+        runner.acting.weight.data.fill_(i + 1.0)
+        time.sleep(wait)
+    return moves, versions
+
+
+def check_lead(runner, pause=0.5):
+    """A learner that stops: the workers do too, soon."""
+    time.sleep(pause)
+    runner._receive(0)
+    for slot, received in enumerate(runner.received):
+        assert 0 < received - runner.crew.taken[slot] <= LIMIT + 2 * HORIZON
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_steps_come_in_order_as_whole_episodes_of_different_seeds(count, one):
+    moves = taken(one(count, threads=True), 150)
     check_order(moves)
-    assert len({part[0].obs[0] for part in episodes(moves)}) == len(episodes(moves))
-    assert len({move.obs[2] for move in moves} - {os.getpid() % 10_000}) == count
+    assert len(set(seeds(moves))) == len(seeds(moves))
+
+
+def test_every_chunk_is_drawn_with_the_newest_weights_and_versions_never_fall(one):
+    """An action's weights are as old as the lead and one publication at most."""
+    moves, versions = watched(one(threads=True), 150)
+    acted = [move.action[0] for move in moves]
+    assert all(i - LIMIT - 3 * HORIZON <= weight <= i for i, weight in enumerate(acted)) and acted[-1] > 100
+    assert versions == sorted(versions) and acted == sorted(acted) and len(set(versions)) > 10
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_workers_are_ahead_of_a_slow_learner_by_a_bounded_number_of_steps(count, one):
+    runner = one(count, wait=0.0, threads=True)
+    taken(runner, 10 * LIMIT)
+    check_lead(runner)
+    taken(runner, 10 * LIMIT)                                                     # and they go on
+    check_lead(runner)
+
+
+def test_a_seed_fixes_the_episodes_of_every_worker(one):
+    first, again, other = (seeds(taken(one(seed=seed, threads=True), 60)) for seed in (3, 3, 4))
+    assert first == again and not set(first) & set(other)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_resumed_run_takes_what_was_left_and_plays_unfinished_episodes_from_their_start(count, one, tmp_path):
+    """Steps join exactly; a slot's episodes are those of the uninterrupted run: none is lost, none comes twice."""
+    runner = one(threads=True)
+    moves = taken(runner, 33)
+    save_checkpoint(tmp_path / "last.pt", {"runner": runner.state_dict()})
+    resumed = one(count, threads=True)
+    resumed.load_state_dict(load_checkpoint(tmp_path / "last.pt")["runner"])
+    moves += taken(resumed, 60)
+    check_order(moves)
+    check_lead(resumed)
+    assert len(set(seeds(moves))) == len(seeds(moves))
+    if count == 1:
+        assert seeds(moves) == seeds(taken(one(threads=True), 93))
+
+
+def test_a_killed_process_is_told_and_replaced_and_costs_its_unfinished_episode_only(one, capfd):
+    runner = one(2, wait=0.005)
+    moves, versions = watched(runner, 40)
+    os.kill(workers(runner)[0], signal.SIGKILL)
+    more, _ = watched(runner, 80)
+    while len({move.obs[2] for move in moves + more}) < 3:                        # until its successor plays
+        more.append(runner.step())
+    check_order(moves + more)
+    check_lead(runner)
+    assert "worker 0 died" in capfd.readouterr().err and os.getpid() not in {move.obs[2] for move in moves}
+    assert moves[-1].action[0] > 0 and versions == sorted(versions)
+    played = [int(np.random.default_rng([0, 2, slot, number]).integers(1_000_000)) for slot in range(2)
+              for number in range(runner.numbers[slot])]
+    left = [episode["obs"][0, 0] for episode in list(runner.waiting)[bool(runner.row):]]
+    assert sorted(seeds(moves + more) + left) == sorted(played)                   # every one once, that one too
+
+
+def test_a_worker_that_cannot_live_ends_the_run_in_one_line(one, monkeypatch):
+    monkeypatch.setattr(distributed, "PATIENCE", 1)
+    with pytest.raises(UserError, match="died 2 times in a row"):
+        one(make=Suicide).step()
+    with pytest.raises(UserError, match="worker 0 failed: ValueError: the action is not finite"):
+        one(actor=Actor(float("nan"))).step()
+
+
+def alive(pid):
+    try:
+        return "Z" not in (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def gone(pids, seconds=20.0):
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+DRIVER = """
+import sys, time
+sys.path[:0] = {path!r}
+from test_distributed import rollouts, taken, workers
+if __name__ == "__main__":
+    runner = rollouts(2, wait=0.01)
+    taken(runner, 30)
+    print(*workers(runner), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_their_learner_however_it_ends(one, tmp_path):
+    runner = one(2)
+    taken(runner, 5)
+    runner.close()
+    assert gone(workers(runner), 1.0)
+    (tmp_path / "driver.py").write_text(DRIVER.format(path=[str(ROOT), str(ROOT / "tests")]))
+    with subprocess.Popen([sys.executable, tmp_path / "driver.py"], stdout=subprocess.PIPE, text=True) as process:
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 2 and all(map(alive, pids))
+        process.kill()
+    assert gone(pids)
+
+
+# ---- the training script ---------------------------------------------------------------------------------------------
+
+TOY = ("--preset cpu --hidden 32 --layers 2 --batch-size 16 --flow-steps 2 --episode-limit 15 --workers 1 --device cpu "
+       "--precision float32 --threads 1 --eval-episodes 1 --demo-episodes 2 --pretrain-steps 2 --num-candidates 4 "
+       "--warmup-steps 8 --final-episodes 1 --eval-every 1000 --log-every 10 --save-every 10").split()
+
+
+@pytest.mark.sim
+def test_training_with_a_worker_updates_exactly_as_often_stops_cleanly_and_resumes(tmp_path):
+    """Ctrl-C at the whole process group: exit code 0, nobody left, and the resumed run counts on."""
+    data = demos.collect("lift", 2, 3, tmp_path / "lift.hdf5", progress=False)
+    command = [*TOY, "--data", str(data), "--run-dir", str(tmp_path / "run"), "--setting", "online", "--rollouts", "1",
+               "--act", "posterior", "--updates-per-step", "2", "--online-steps", "100000"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_online.py"), *command], text=True, cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    while process.poll() is None and not (tmp_path / "run/last.pt").exists():
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume" in output and "Traceback" not in errors, errors
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):                                                       # whose last one may still be ending
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    step = load_checkpoint(tmp_path / "run/last.pt")["world"]["steps"]
+    train_online.main(["--resume", str(tmp_path / "run"), "--online-steps", str(step + 23)])
+    state = load_checkpoint(tmp_path / "run/last.pt")
+    assert state["world"]["steps"] == step + 23 and state["report"]["updates"] == 2 * (step + 23)
+    ends = [state["world"]["replay"]["data"][name] for name in ("terminated", "truncated")]
+    first = state["world"]["replay"]["demos"]
+    assert state["world"]["episodes"] == int(torch.maximum(*ends)[first:].sum()) >= (step + 23) // 15
+    with pytest.raises(UserError, match="--rollouts 0"):
+        train_online.main(["--resume", str(tmp_path / "run"), "--rollouts", "0"])
+
+
+@pytest.mark.parametrize("command, found", [
+    (["--ray", "local"], "--rollouts N"), (["--rollouts", "-1"], "at least 0")])
+def test_a_mistake_is_one_line(command, found):
+    with pytest.raises(UserError, match=found):
+        train_online.main([*TOY, "--task", "lift", *command])
+
+
+def test_methods_that_must_know_how_they_acted_refuse_workers():
+    with pytest.raises(UserError, match="no --rollouts"):
+        ppo.Rollouts(types.SimpleNamespace(rollouts=1), None, None, 0)
+    args = preset_defaults(dsrl.Args, "lift", "cpu")
+    args.variant, args.rollouts, args.hidden, args.layers = "dsrl-sac", 1, 8, 1
+    with pytest.raises(UserError, match="learns from the noise"):
+        dsrl.DSRL(args, make_policy(args, torch.device("cpu")), None)
+
+
+# ---- Ray -------------------------------------------------------------------------------------------------------------
+
+def test_without_ray_installed_it_is_one_line_and_nothing_else_misses_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="pip install ray==2.60.0"):
+        cluster.connect("127.0.0.1:1")
+    code = "import sys, train_online, robot, distributed.cluster, distributed.arm; assert 'ray' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("address", ["10.0.0.2:6379", "ray://gpu.lab:10001", "127.evil.com:6379", "auto"])
+def test_another_machine_without_a_token_is_refused(address, monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="RAY_AUTH_MODE=token"):
+        cluster.connect(address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")                                   # but which?
+    with pytest.raises(UserError, match="RAY_AUTH_TOKEN"):
+        cluster.connect(address)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(UserError, match="RAY_AUTH_MODE=token"):
+        cluster.connect(address)
+
+
+def test_the_hub_hands_out_newer_weights_only_and_every_episode_once():
+    hub = cluster.hub_class()(2)
+    assert hub.pull(0, 1) == (0, None, 0)
+    hub.publish(1, ["one"], [5, 6])
+    hub.publish(1, None, [7, 8])                                                   # only the notes are new
+    assert hub.pull(0, 1) == (1, ["one"], 8) and hub.pull(1, 0) == (1, None, 7)
+    hub.push(0, "a")
+    hub.push(1, "b")
+    assert hub.take() == [(0, "a"), (1, "b")] and hub.take() == []
