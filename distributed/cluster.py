@@ -101,6 +101,11 @@ def hub_class():
     return Hub
 
 
+def own(item):
+    """An episode whose arrays are not Ray's read-only ones; anything else as it is."""
+    return {name: np.array(x) if np.ndim(x) else x for name, x in item.items()} if isinstance(item, dict) else item
+
+
 def make_hub(ray, slots):
     """On this machine: it must not die with another."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -191,7 +196,7 @@ class Actors:
             dead = [(slot, None) for slot in self._dead()]           # first: what they still sent is then in the hub
             found = self._call(self.hub.take.remote()) + dead
             if found or time.monotonic() >= end:
-                return found
+                return [(slot, own(item)) for slot, item in found]
             time.sleep(0.02)
 
     def _dead(self):

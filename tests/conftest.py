@@ -31,7 +31,9 @@ def pytest_configure(config):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Which VLA adapters were really run, because a skip is easily overlooked."""
+    """Which VLA adapters were really run, and whether Ray was, because a skip is easily overlooked."""
+    if any("test_distributed_ray" in one.nodeid for one in terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line("Ray is not installed, so distributed/ was tested without: pip install ray==2.60.0")
     reports = {kind: [one.nodeid for one in terminalreporter.stats.get(kind, []) if "test_adapters" in one.nodeid]
                for kind in ("passed", "failed", "skipped")}
     ran = [name for name in ("pi05", "smolvla", "groot") if any(name in one for one in

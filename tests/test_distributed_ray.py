@@ -24,27 +24,29 @@ ROOT = Path(__file__).parent.parent
 TOY = ("--preset cpu --task insert-usb --hidden 32 --layers 2 --flow-steps 2 --batch-size 16 --num-candidates 4 "
        "--pretrain-steps 20 --warmup-updates 25 --save-every 20 --device cpu --no-realtime").split()
 ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64, "RAY_USAGE_STATS_ENABLED": "0",
-               "RAY_worker_niceness": "0", "RAY_DISABLE_IMPORT_WARNING": "1",
+               "RAY_worker_niceness": "0",
                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-os.environ.update(ENVIRONMENT)                 # before Ray reads them
 pytestmark = pytest.mark.sim
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray==2.60.0")
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory):
-    """A cluster whose head has one CPU; the learner's node runs in a folder of its own."""
+def nodes():
+    """A cluster whose head has one CPU."""
     from ray.cluster_utils import Cluster
-    made = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20})
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        made = Cluster(initialize_head=True, head_node_args={
+            "num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20})
+        yield made
+        ray.shutdown()
+        made.shutdown()
 
 
 @pytest.fixture(scope="module")
 def learners(nodes, tmp_path_factory):
-    """Folder of the node that offers to learn."""
+    """The folder in which the node that offers to learn was started."""
     here, there = os.getcwd(), tmp_path_factory.mktemp("gpu")
     os.chdir(there)
     nodes.add_node(num_cpus=1, resources={"learner": 1}, object_store_memory=100 << 20)
@@ -72,7 +74,7 @@ def test_workers_on_two_nodes_one_of_which_dies_and_comes_back(nodes, capfd):
     until(3)
     check_order(moves)
     check_lead(runner)
-    assert len(set(seeds(moves))) == len(seeds(moves))
+    assert len(set(seeds(moves))) == len(seeds(moves)) and moves[-1].obs.flags.writeable
     assert moves[0].action[0] == 0 and moves[-1].action[0] == 1                    # the learner's weights got there
     runner.close()
 
