@@ -16,7 +16,7 @@ import pytest
 import robot
 from arms.episodes import numbered
 from counter import HORIZON, LIMIT, Actor, Counter
-from distributed import Rollouts, arm, cluster
+from distributed import Rollouts, arm
 from logbook import UserError, load_checkpoint
 from test_distributed import check_lead, check_order, seeds, watched
 
@@ -27,16 +27,16 @@ ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64, "RAY_USAGE_
                "RAY_worker_niceness": "0",
                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 pytestmark = pytest.mark.sim
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray==2.60.0")
 
 
 @pytest.fixture(scope="module")
 def nodes():
     """A cluster whose head has one CPU."""
-    from ray.cluster_utils import Cluster
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
+            patch.setenv(name, value)                                              # before Ray is imported and reads it
+        ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray==2.60.0")
+        from ray.cluster_utils import Cluster
         made = Cluster(initialize_head=True, head_node_args={
             "num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20})
         yield made
@@ -141,7 +141,7 @@ def test_an_arms_learner_on_another_node_dies_and_continues_from_its_own_checkpo
 
 
 def test_a_cluster_without_a_learners_machine_is_refused(nodes, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "connect", lambda *_: ray)
+    import ray
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1}}])
     (tmp_path / "demos.hdf5").touch()
     args = robot.parse(["train", *TOY, "--data", str(tmp_path / "demos.hdf5"), "--learner", nodes.address], "")
