@@ -2,14 +2,14 @@
 
     python train_online.py --task lift --rollouts 1               # one process acts while this one learns
     python train_online.py --task lift --rollouts 4 --ray local   # the same workers as Ray actors (cluster.py)
-    from distributed import Rollouts                              # what train_online.py runs instead of a ChunkRunner
+    from distributed import Rollouts                              # what it then runs instead of a ChunkRunner
 
 A worker plays whole episodes and knows two calls, `pull(version)` for weights and `push(episode)`; weights are one
 vector of numbers, an episode a dict of arrays. Each chunk is drawn with the newest weights there are. The learner takes
 the steps one at a time and in order, so it still owes exactly updates_per_step updates for each. A worker is at most
-LEAD episode limits ahead of what the learner has taken from it. A worker that dies is told and replaced, and its
-unfinished episode played again from its start, by the policy of that day; so it is after --resume. A run is a function
-of its seed only without workers: which weights are the newest is a matter of time.
+one episode limit and two chunks ahead of what the learner has taken from it. A worker that dies is told and replaced,
+and its unfinished episode played again from its start, by the policy of that day; so it is after --resume. A run is a
+function of its seed only without workers: which weights are the newest is a matter of time.
 Not here: Ray (cluster.py), an arm's learner on another machine (arm.py), the updates (train_online.py).
 Shapes: T steps of an episode, D observation, A action.
 """
@@ -30,7 +30,6 @@ import envs
 from arms.learner import flat, unflatten
 from logbook import UserError
 
-LEAD = 1.0                                     # less, and nothing might be finished while the learner has nothing left
 PATIENCE = 3                                   # deaths in a row without an episode that a worker is forgiven
 
 
@@ -49,7 +48,7 @@ def play(pull, push, *, slot, number, played, acting, make, options, seed, bound
     """
     torch.set_num_threads(1)
     env, parts, version = make(**options), networks(acting), -1
-    lead = int(LEAD * options["episode_limit"]) + 2 * horizon        # two chunks, so that no exchange is waited for
+    lead = options["episode_limit"] + 2 * horizon      # less than a limit, and the learner could wait for ever
     while True:
         start, rng = (np.random.default_rng([seed, purpose, slot, number]) for purpose in (2, 1))
         moves, versions = [], []
@@ -77,7 +76,8 @@ def play(pull, push, *, slot, number, played, acting, make, options, seed, bound
 
 def serve(connection, payload, slot, weights, version, taken):
     """A worker's process; it ends with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                     # Ctrl-C is the parent's
+    for interruption in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(interruption, signal.SIG_IGN)                  # the parent decides when to stop, and kills us
     parent = multiprocessing.parent_process()
 
     def pull(known):
@@ -135,7 +135,7 @@ class Processes:
     def close(self):
         for process, connection in filter(None, self.workers):
             connection.close()
-            process.terminate()
+            process.kill()
             process.join()
 
 

@@ -206,15 +206,14 @@ class Faraway:
                 if self.ray.wait([self.future], timeout=0)[0]:
                     self._lost()
                 self._exchange()
-                if self.silent:
-                    self.silent = False
-                    print("the learner answers again", file=sys.stderr, flush=True)
-            except (self.ray.exceptions.RayError, OSError) as error:
+            except Exception as error:                               # whatever it is: this thread must not end silently
                 self._tell(error)
             time.sleep(PERIOD)
 
     def _lost(self):
-        """The learner has ended: start another; Ray waits for a machine that can."""
+        """The learner has ended: take what it left, then start another; Ray waits for a machine that can."""
+        with contextlib.suppress(self.ray.exceptions.RayError):      # what went with it
+            self._exchange()
         try:
             self.ray.get(self.future, timeout=TIMEOUT)
         except self.ray.exceptions.RayTaskError as error:            # its own mistake: another one may make it again
@@ -235,12 +234,15 @@ class Faraway:
         version, weights, note = self.ray.get(self.hub.pull.remote(self.newest[0], 0), timeout=TIMEOUT)
         if weights:
             self.newest = version, np.array(self.ray.get(weights[0], timeout=TIMEOUT))
+            if self.silent:
+                self.silent = False
+                print("the learner answers again", file=sys.stderr, flush=True)
         if not note:                                                 # it has not said anything yet
             return
         if note["stats"].get("updates", 0) > self.stats.get("updates", 0):
             self.failures = 0
         self.stats |= note["stats"]
-        if note["stamp"] != self.stamp:
+        if note["checkpoint"] and note["stamp"] != self.stamp:
             write(self.folder / "last.pt", np.array(self.ray.get(note["checkpoint"][0], timeout=TIMEOUT)))
             self.stamp = note["stamp"]
         for path in list(self.paths):
