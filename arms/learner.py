@@ -283,15 +283,14 @@ class Background:
         theirs.close()
 
     def wait(self, seconds=300.0):
-        """Until the first weights are there; UserError if the process dies first."""
+        """Until the first weights have been taken; UserError if the process dies first."""
         step = 0.05
-        while self.version.value == 0:
+        while self.pull() < 1:                            # also when it is just writing them
             self.process.join(step)
             self.check()
             seconds -= step
             if seconds < 0:
                 raise UserError("the learner has not started within five minutes: is the machine overloaded?")
-        self.pull()
 
     def absorb(self, path):
         """Tell the learner of one more episode on disk."""
