@@ -92,6 +92,9 @@ def trained(args, task):
     """What acts with the policy in args.run_dir/last.pt, and how many updates it has had."""
     path, (policy, critic) = Path(args.run_dir) / "last.pt", networks(args, task)
     state = load_checkpoint(path)
+    if (columns := state.get("columns", task.obs_keys)) != task.obs_keys:
+        raise UserError(f"{path} has learnt from {', '.join(columns)}, this arm offers {', '.join(task.obs_keys)}: "
+                        "give the --observe, --backbone and --instruction it was trained with")
     try:
         policy.load_state_dict(state["actor"])
         critic.load_state_dict(state["critic"])
@@ -225,7 +228,7 @@ class Learner:
     def state_dict(self):
         parts = ("policy", "actor", "critic", "target", "cloning", "actor_optimizer", "critic_optimizer")
         return {name: getattr(self, name).state_dict() for name in parts} | {
-            "cloned": self.cloned, "updates": self.updates, "absorbed": self.absorbed,
+            "columns": self.task.obs_keys, "cloned": self.cloned, "updates": self.updates, "absorbed": self.absorbed,
             "generator": self.generator.get_state(), "torch_rng": torch.get_rng_state()}
 
     def load_state_dict(self, state, folder):
