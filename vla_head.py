@@ -2,7 +2,7 @@
 
     python vla_head.py --task lift --preset cpu                # tiny random backbone: 7 minutes of one core's time
     python vla_head.py --task lift --preset paper --backbone DIR      # Table V on real SmolVLM or PaliGemma weights
-    from vla_head import Backbone, Learner, VLAFlowHead, INSTRUCTIONS               # as robot.py does
+    from vla_head import Backbone, Learner, VLAFlowHead, INSTRUCTIONS               # the arm takes the head
 
 The backbone runs once per state, without gradient; what it says is kept, flat, beside the proprioception: that vector
 is the observation in the replay. The head is a small diffusion transformer (AdaLN) over the chunk's H actions which
@@ -183,7 +183,7 @@ class VLAFlowHead(FlowPolicy):
         return state, hidden.unflatten(1, (self.length, self.width))
 
 
-# ---- POCO on it: what robot.py and the loop below drive --------------------------------------------------------------
+# ---- POCO on it: what the loop below drives --------------------------------------------------------------------------
 
 class Learner:
     """Head, critic, and one update of each. `args` needs the fields of `Args` below from learning_rate to clip.

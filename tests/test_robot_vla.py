@@ -245,6 +245,8 @@ def test_an_update_is_the_one_of_vla_head(recorded):
     names = dict(actor_learning_rate=args.online_learning_rate, critic_hidden=args.hidden, critic_layers=args.layers,
                  critic_heads=args.heads)
     other = vla_head.Learner(SimpleNamespace(**vars(args) | names), copy.deepcopy(learner.policy))
+    for name in ("obs_mean", "obs_std"):
+        assert torch.equal(getattr(learner.critic, name), getattr(other.critic, name))
     for name in ("actor", "critic", "target"):
         getattr(other, name).load_state_dict(getattr(learner, name).state_dict())
     for warmup in (True, False):
