@@ -107,7 +107,8 @@ TASKS: dict[str, Task] = {task.name: task for task in (
     _robosuite_task("can", "PickPlaceCan", 14, 300, "a Panda arm bins a can", _HARD | dict(episode_limit=200),
                     pretrain_steps=100_000, clip=0.3),
     _robosuite_task("square", "NutAssemblySquare", 14, 400, "a Panda arm puts a nut on its peg",
-                    _HARD | dict(episode_limit=250, pretrain_steps=40_000), pretrain_steps=500_000, clip=0.08),
+                    _HARD | dict(episode_limit=200, demo_episodes=100, pretrain_steps=30_000, demo_share=0.5),
+                    pretrain_steps=500_000, clip=0.08),
     _ogbench_task("scene", 40, 750, "a UR5e arm opens a drawer and a window, everything else stays as it is",
                   Goal(((0.35, 0.05, 0.02),), (1, 1), (-0.16, 0.2)), _BINARY, _CPU | dict(episode_limit=200)),
     _ogbench_task("puzzle-3x3", 55, 500, "a UR5e arm solves Lights Out in two presses",
@@ -116,7 +117,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (
                   Goal(((0.425, 0.0, 0.02), (0.425, 0.1, 0.02))), _COUNT, _CPU_COUNT, True),
     _ogbench_task("cube-triple", 46, 1000, "a UR5e arm moves one of three cubes",
                   Goal(((0.35, -0.1, 0.02), (0.35, 0.1, 0.02), (0.5, 0.1, 0.02))),
-                  _COUNT | {"demo_episodes": 3000}, _CPU_COUNT, True),
+                  _COUNT | {"demo_episodes": 3000}, _CPU_COUNT | dict(demo_share=0.5), True),
 )}
 
 

@@ -3,7 +3,8 @@
     python robot.py record --task insert-usb                       # 30 demonstrations on the simulated arm, 1 minute
     python robot.py train --task insert-usb --no-realtime          # stage I, warm-up, POCO; 20 minutes on two cores
     python robot.py eval --task insert-usb --no-realtime           # the delivered policy, alone
-    python robot.py record --task pick-cube --robot piper --teleop lab.leader:Leader --box-center 30 0 20
+    python robot.py record --task pick-cube --robot piper --teleop arms.piper:PiperLeader --box-center 30 0 20
+    python robot.py train --task pick-pen --backbone DIR --no-realtime        # a flow head on a vision-language model
     python robot.py train --resume runs/pick-cube-robot-s0         # after a kill at most the running episode is lost
 
 `--robot package.module:Class` drives any LeRobot robot that speaks of joint_1.pos .. joint_6.pos (see Arm). Every
@@ -11,7 +12,7 @@ command passes the Guard; the learner has a process of its own, so that the 15 H
 first motion read README, "A real arm": a hardware emergency stop is mandatory, position control has no compliance.
 Writes runs/<task>-robot-s<seed>/: args.json, progress.csv, eval.csv, episodes/*.hdf5, last.pt, curve.png.
 Not here: drivers and kinematics (arms/), keys (arms/keypad.py), files of episodes (arms/episodes.py), stages I and II
-themselves (arms/learner.py), a VLA's head (vla_head.py), compliance, force sensing, learnt rewards.
+themselves (arms/learner.py), the head on a backbone (vla_head.py), compliance, force sensing, learnt rewards.
 Shapes: A = 7 is shift xyz, turn xyz, gripper, each in [-1, 1]; H chunk, D observation. SI units inside, cm in Args.
 """
 import collections
@@ -31,7 +32,7 @@ from arms.keypad import HELP, open_keypad
 from arms.kinematics import Kinematics, rotation_vector
 from arms.learner import STATS, Background, Learner, trained
 from arms.senses import JOINTS, PERIOD, Pace, Senses, rotation_matrix
-from arms.settings import open_arm, parse
+from arms.settings import open_arm, open_eyes, parse
 from distributed.arm import Faraway
 from logbook import Interrupt, Logbook, UserError, cli, curve
 
@@ -125,14 +126,11 @@ class Guard:
         return target, self._grip(opening)
 
     def slide(self, goal, gripper, measured, speed=0.25):
-        """One slow step straight to joints `goal` (6,), outside the box too -> joints, gripper, arrived.
-
-        For the ways to rest and into the box; it waits where the measured arm does not follow.
-        """
+        """One slow step straight to joints `goal` (6,), to rest or into the box too -> joints, gripper, arrived."""
         goal = np.clip(goal, self.low, self.high)
         if not _finite(goal, 6) or not _finite(measured, 6):
             return *self.hold("stale"), False
-        if np.abs(self.joints - measured).max() > 0.2:
+        if np.abs(self.joints - measured).max() > 0.2:               # wait where the measured arm does not follow
             return *self.hold("leash"), False
         limit = speed * self.max_joint_step
         target = self.joints + np.clip(goal - self.joints, -limit, limit)
@@ -283,7 +281,7 @@ class Rig:
         """Slowly and straight to these joints; False if it did not arrive in so many seconds or was told to stop."""
         self.pace.start()
         for _ in range(int(timeout / PERIOD)):
-            view = self.senses.read(self.robot)
+            view = self.senses.read(self.robot, look=False)
             joints, gripper, arrived = self.guard.slide(goal, self.guard.gripper, None if view is None else view.joints)
             self._send(joints, gripper)
             self.silent = 0 if view and not self.unsent else self.silent + 1
@@ -360,7 +358,10 @@ class Rig:
 
     def _teleop(self):
         """The operator's action; within the first second after a take-over the arm slides towards the operator."""
-        goal = self.teleop.get_action()
+        try:
+            goal = self.teleop.get_action()
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"the operator's arm is lost, the running episode dropped: {error}") from error
         action = self.guard.towards([goal[name] for name in JOINTS], goal["gripper.pos"])
         self.since += 1
         action[:6] *= min(1.0, self.since * PERIOD / max(np.abs(action[:6]).max(), 1e-9))
@@ -399,8 +400,7 @@ class Rig:
 
     def status(self):
         """For the progress line: periods, watchdog and what the guard had to change so far."""
-        periods = self.pace.report()
-        parts = [f"{name.replace('_', ' ')} {value:.0f}" for name, value in periods.items()]
+        parts = [f"{name.replace('_', ' ')} {value:.0f}" for name, value in self.pace.report().items()]
         parts += [f"watchdog {self.trips}"] * (self.trips > 0)
         changed = ", ".join(f"{name} {count}" for name, count in sorted(self.guard.counts.items()))
         return ", ".join([*parts, f"guard: {changed or 'nothing'}"])
@@ -429,7 +429,7 @@ def session(args):
     """The arm, its keypad and its operator, as a Rig that is not entered yet."""
     robot, teleop = open_arm(args)
     senses = Senses(robot, getattr(robot, "kinematics", None) or Kinematics(), Pace(args.realtime), args.observe,
-                    args.encoder)
+                    lambda cameras: open_eyes(args, cameras))
     auto = hasattr(robot, "success") and args.keypad in ("auto", "none")
     with Interrupt() as interrupt, open_keypad("none" if auto else args.keypad.replace("auto", "terminal")) as keypad:
         print("labels come from the simulation" if auto else HELP)

@@ -2,7 +2,7 @@
 
     python vla_head.py --task lift --preset cpu                # tiny random backbone: 7 minutes of one core's time
     python vla_head.py --task lift --preset paper --backbone DIR      # Table V on real SmolVLM or PaliGemma weights
-    from vla_head import Backbone, Learner, VLAFlowHead, INSTRUCTIONS               # as robot.py does
+    from vla_head import Backbone, Learner, VLAFlowHead, INSTRUCTIONS               # the arm takes the head
 
 The backbone runs once per state, without gradient; what it says is kept, flat, beside the proprioception: that vector
 is the observation in the replay. The head is a small diffusion transformer (AdaLN) over the chunk's H actions which
@@ -122,10 +122,10 @@ class VLAFlowHead(FlowPolicy):
         self.register_buffer("pool", torch.randn(length * width, features) / math.sqrt(length * width))
 
     @torch.no_grad()
-    def fit(self, obs: Tensor) -> None:
-        """Statistics of demonstrations, obs (rows, P + L*W): standardise the inputs, pool by principal components."""
+    def fit(self, obs: Tensor, least: Tensor | float = 1e-3) -> None:
+        """Statistics of obs (rows, P + L*W), deviations of P at least `least`: standardise, pool by components."""
         state, hidden = self._parts(obs)
-        self.state_mean.copy_(state.mean(0)), self.state_std.copy_(state.std(0).clamp(min=1e-3))
+        self.state_mean.copy_(state.mean(0)), self.state_std.copy_(state.std(0).clamp(min=least))
         spread = hidden.std(0)
         self.hidden_mean.copy_(hidden.mean(0)), self.hidden_std.copy_(spread.clamp(min=0.2 * spread.mean() + 1e-6))
         some = self.encode(obs[torch.linspace(0, len(obs) - 1, min(len(obs), 1024)).long()]).hidden.flatten(1)
@@ -133,6 +133,7 @@ class VLAFlowHead(FlowPolicy):
         self.pool.zero_()[:, :count].copy_(torch.linalg.svd(some, full_matrices=False)[2][:count].T)
         features = torch.cat([self.critic_obs(self.encode(part)) for part in obs.split(256)])
         self.obs_mean.copy_(features.mean(0)), self.obs_std.copy_(features.std(0).clamp(min=1e-3))
+        self.obs_std[:self.state_dim] = 1                        # standardised already, and `least` holds here too
 
     def observe(self, images: Tensor, state: Tensor) -> Tensor:
         """images (B, V, S, S, 3) uint8 and proprioception (B, P) -> observation (B, P + L*W), one backbone call."""
@@ -182,7 +183,7 @@ class VLAFlowHead(FlowPolicy):
         return state, hidden.unflatten(1, (self.length, self.width))
 
 
-# ---- POCO on it: what robot.py and the loop below drive --------------------------------------------------------------
+# ---- POCO on it: what the loop below drives --------------------------------------------------------------------------
 
 class Learner:
     """Head, critic, and one update of each. `args` needs the fields of `Args` below from learning_rate to clip.

@@ -41,9 +41,18 @@ STARVED = 1000                                 # updates behind the steps at whi
 
 def networks(args, task, device="cpu"):
     """An untrained policy and critic for observations of this layout."""
-    policy = FlowPolicy(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.flow_steps)
-    critic = ChunkCritic(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.heads)
+    if args.backbone is None:
+        policy = FlowPolicy(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.flow_steps)
+    else:
+        from .language import head
+        policy = head(args, task)
+    critic = ChunkCritic(len(policy.obs_mean), task.action_dim, args.horizon, args.hidden, args.layers, args.heads)
     return policy.to(device), critic.to(device)
+
+
+def seen(policy, obs):
+    """What the critic is shown of obs (B, D): all of it, or what a head on a backbone pools of the hidden states."""
+    return policy.critic_obs(policy.encode(obs)) if hasattr(policy, "critic_obs") else obs
 
 
 def floor(task):
@@ -67,7 +76,7 @@ class Acting:
         chunks = policy.sample(policy.encode(obs), n, noise=torch.as_tensor(noise, device=obs.device))   # (1, n, H, A)
         pick = 0
         if posterior:
-            weights = posterior_weights(aggregate(self.critic(obs, chunks), self.args.pessimism),
+            weights = posterior_weights(aggregate(self.critic(seen(policy, obs), chunks), self.args.pessimism),
                                         self.args.temperature)[0]
             weights = weights.double().cpu().numpy()
             pick = rng.choice(n, p=weights / weights.sum())
@@ -83,6 +92,9 @@ def trained(args, task):
     """What acts with the policy in args.run_dir/last.pt, and how many updates it has had."""
     path, (policy, critic) = Path(args.run_dir) / "last.pt", networks(args, task)
     state = load_checkpoint(path)
+    if (columns := state.get("columns", task.obs_keys)) != task.obs_keys:
+        raise UserError(f"{path} has learnt from {', '.join(columns)}, this arm offers {', '.join(task.obs_keys)}: "
+                        "give the --observe, --backbone and --instruction it was trained with")
     try:
         policy.load_state_dict(state["actor"])
         critic.load_state_dict(state["critic"])
@@ -108,10 +120,12 @@ class Learner:
                                   args.discount, self.device, args.demo_share)
         self.replay.extend(data | {"reward": data["reward"] + args.reward_offset})
         obs = torch.as_tensor(data["obs"])
-        std = torch.maximum(obs.std(0), floor(task))
         self.policy, self.critic = networks(args, task, self.device)
-        for network in (self.policy, self.critic):
-            network.set_normalizer(obs.mean(0), std)
+        if args.backbone is None:
+            self.policy.set_normalizer(obs.mean(0), torch.maximum(obs.std(0), floor(task)))
+        else:
+            self.policy.fit(obs.to(self.device), floor(task)[:self.policy.state_dim].to(self.device))
+        self.critic.set_normalizer(self.policy.obs_mean, self.policy.obs_std)
         self.actor, self.target = (copy.deepcopy(net).requires_grad_(False) for net in (self.policy, self.critic))
         self.cloning = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate)
         self.actor_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.online_learning_rate)
@@ -180,16 +194,17 @@ class Learner:
         """One critic step and, after the warm-up, one E-step and M-step."""
         args, policy, stats = self.args, self.policy, {}
         batch = self.replay.sample(args.batch_size, self.generator)
+        now, after = seen(policy, batch.obs), seen(policy, batch.next_obs)
         next_chunk = policy.sample(policy.encode(batch.next_obs), 1)
-        next_q = aggregate(self.target(batch.next_obs, next_chunk), args.pessimism)[:, 0]
+        next_q = aggregate(self.target(after, next_chunk), args.pessimism)[:, 0]
         target = td_target(batch.returns, batch.bootstrap, next_q)
-        loss, stats = critic_loss(self.critic, batch.obs, batch.chunk, target)
+        loss, stats = critic_loss(self.critic, now, batch.chunk, target)
         minimise(loss, self.critic_optimizer)
         ema_update(self.target, self.critic, args.tau)
         if self.updates >= args.warmup_updates:
             context = policy.encode(batch.obs)
             candidates, weights, e_stats = e_step(
-                policy, lambda _, chunks: aggregate(self.target(batch.obs, chunks), args.pessimism), context,
+                policy, lambda _, chunks: aggregate(self.target(now, chunks), args.pessimism), context,
                 args.num_candidates, args.temperature)
             loss, m_stats = m_step_loss(policy, context, batch.chunk, batch.valid, candidates, weights, args.guidance,
                                         args.clip)
@@ -213,7 +228,7 @@ class Learner:
     def state_dict(self):
         parts = ("policy", "actor", "critic", "target", "cloning", "actor_optimizer", "critic_optimizer")
         return {name: getattr(self, name).state_dict() for name in parts} | {
-            "cloned": self.cloned, "updates": self.updates, "absorbed": self.absorbed,
+            "columns": self.task.obs_keys, "cloned": self.cloned, "updates": self.updates, "absorbed": self.absorbed,
             "generator": self.generator.get_state(), "torch_rng": torch.get_rng_state()}
 
     def load_state_dict(self, state, folder):
@@ -265,22 +280,20 @@ class Background:
         self.version, self.newest = context.Value("l", 0, lock=False), -1
         self.stats, self.told = {}, False
         self.connection, theirs = context.Pipe()
-        settings = {name: value for name, value in dataclasses.asdict(args).items()}
         self.process = context.Process(target=serve, name="learner", daemon=True, args=(
-            settings, task, theirs, self.shared, self.lock, self.version))
+            dataclasses.asdict(args), task, theirs, self.shared, self.lock, self.version))
         self.process.start()
         theirs.close()
 
     def wait(self, seconds=300.0):
-        """Until the first weights are there; UserError if the process dies first."""
+        """Until the first weights have been taken; UserError if the process dies first."""
         step = 0.05
-        while self.version.value == 0:
+        while self.pull() < 1:                            # also when it is just writing them
             self.process.join(step)
             self.check()
             seconds -= step
             if seconds < 0:
                 raise UserError("the learner has not started within five minutes: is the machine overloaded?")
-        self.pull()
 
     def absorb(self, path):
         """Tell the learner of one more episode on disk."""

@@ -271,15 +271,21 @@ class PiperArm:
 class PiperLeader:
     """
     A second Piper in teach mode as a master (MasterSlaveConfig 0xFA), on a CAN of its own: what its hand does are the
-    targets of another arm, through robot.py's Guard. get_action raises ConnectionError when it is silent.
+    targets of another arm, through robot.py's Guard. get_action raises ConnectionError when it is silent. Constructing
+    opens nothing.
     """
 
     def __init__(self, channel: str = "can1", bus: str = "socketcan"):
-        self.channel, self._sdk = channel, open_sdk(channel, bus)
-        self._feeds = (_Feed(), _Feed())
+        self.channel, self.bus, self._sdk = channel, bus, None
+
+    def connect(self, calibrate: bool = True) -> None:
+        """Listens; a leader that is silent now may still speak when it is needed."""
+        self._feeds, self._sdk = (_Feed(), _Feed()), open_sdk(self.channel, self.bus)
 
     def get_action(self) -> dict:
         """Joint targets (rad) and opening (m), inside the joint ranges."""
+        if self._sdk is None:
+            raise ConnectionError("the leader arm is not connected: call connect() first")
         joints, gripper = self._sdk.GetArmJointCtrl(), self._sdk.GetArmGripperCtrl()
         arrivals = [feed.arrival(message.time_stamp)
                     for feed, message in zip(self._feeds, (joints, gripper), strict=True)]
@@ -290,4 +296,6 @@ class PiperLeader:
         return dict(zip(KEYS, [*np.clip(angles, *limits().T).tolist(), float(opening)], strict=True))
 
     def disconnect(self) -> None:
-        self._sdk.DisconnectPort()
+        sdk, self._sdk = self._sdk, None
+        if sdk is not None:
+            sdk.DisconnectPort()

@@ -6,8 +6,8 @@
     view = senses.read(arm)                                   # a View, or None; then senses.fault says why
 
 The vector: joint angles 6, gripper opening 1, tool place and first two columns of its rotation 9 (from FK, ours), then
-the simulator's object.* floats or one vector of features per camera. Stale: arm > 100 ms, camera > 200 ms.
-Not here: the loop (robot.py), the encoder (vision.py).
+the simulator's object.* floats or features of the cameras' pictures. Stale: arm > 100 ms, camera > 200 ms.
+Not here: the loop (robot.py), what makes the features (vision.py, language.py).
 """
 import collections
 import time
@@ -69,37 +69,41 @@ class View(NamedTuple):
 
 
 class Senses:
-    """From a driver's dict to a View, or to None and a reason in `fault` when a part is missing, stale or broken."""
+    """From a driver's dict to a View, or to None and a reason in `fault` when a part is missing, stale or broken.
 
-    def __init__(self, robot, kinematics, pace, observe="auto", encoder=None):
+    eyes(cameras): what has features(pictures) and sizes(cameras), made only where pictures are looked at.
+    """
+
+    def __init__(self, robot, kinematics, pace, observe="auto", eyes=None):
         self.kinematics, self.pace, self.fault, self.seen = kinematics, pace, "", {}
         features = robot.observation_features
         cameras = sorted(name for name, kind in features.items() if isinstance(kind, tuple))
         objects = sorted(name for name in features if name.startswith("object."))
         if observe == "vision" and not cameras:
-            raise UserError("--observe vision: this arm offers no camera")
+            raise UserError("this arm offers no camera, and --observe vision or a --backbone needs one: a real arm "
+                            "takes --options front=/dev/video0 wrist=..., the simulated one draws with OpenGL (apt-get "
+                            "install libegl1 libgl1-mesa-dri; MUJOCO_GL must not be 'disable')")
         vision = observe == "vision" or (observe == "auto" and bool(cameras) and not objects)
         self.cameras, self.objects = (cameras, []) if vision else ([], objects)
         self.sizes = {"joints": 6, "gripper": 1, "eef": 9} | ({"object": len(objects)} if self.objects else {})
         if self.cameras:
             from arms.vision import Encoder
-            self.encoder = Encoder(encoder)
-            width = self.encoder.features({"any": np.zeros((64, 64, 3), np.uint8)}).shape[1]
-            self.sizes |= {name: width for name in cameras}
+            self.eyes = (eyes or (lambda _: Encoder()))(cameras)
+            self.sizes |= self.eyes.sizes(cameras)
 
-    def read(self, robot):
-        """One call of the driver, whatever it raises."""
+    def read(self, robot, look=True):
+        """One call of the driver, whatever it raises. Without a look at the pictures no policy can use the vector."""
         try:
             raw = robot.get_observation()
             joints, gripper = np.array([raw[name] for name in JOINTS], float), float(raw["gripper.pos"])
-            for name, limit in (("stamp", STATE_AGE), *((camera, CAMERA_AGE) for camera in self.cameras)):
+            for name, limit in (("stamp", STATE_AGE), *((camera, CAMERA_AGE) for camera in self.cameras * look)):
                 if (age := self._age(name, raw)) > limit:
                     return self._lost(f"{'the arm' if name == 'stamp' else 'camera ' + name} is silent or frozen: "
                                       f"nothing new for {1000 * age:.0f} ms")
             place, turned = self.kinematics.fk(joints)
             parts = [joints, [gripper], place, turned[:, :2].T.ravel(), [raw[name] for name in self.objects]]
-            if self.cameras:
-                parts += [self.encoder.features({name: raw[name] for name in self.cameras}).cpu().numpy()]
+            if self.cameras and look:
+                parts += [self.eyes.features({name: raw[name] for name in self.cameras}).cpu().numpy()]
             vector = np.concatenate([np.ravel(part) for part in parts]).astype(np.float32)
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             return self._lost(f"no usable observation ({type(error).__name__}: {error})")

@@ -1,6 +1,6 @@
 """What robot.py can be asked: Tables III and V, our own additions, and the command line over both.
 
-    from arms.settings import Args, open_arm, parse
+    from arms.settings import Args, open_arm, open_eyes, parse
     args = parse(["train", "--task", "pick-cube"], "what --help says first")      # an Args
     robot, teleop = open_arm(args)
 
@@ -18,9 +18,9 @@ import tyro
 import arms
 from logbook import UserError, read_args
 
-# Table III: episode limit and box (cm). Table V: the last two, whose batch, rates, N, H and clip follow the VLA rows.
+# Table III: episode limit and box (cm). Table V: the last two, on a vision-language backbone; sizes of its head: ours.
 VLA = dict(episode_limit=200, box_size=(40, 40, 40), horizon=10, batch_size=64, online_learning_rate=5e-5,
-           warmup_updates=2000, num_candidates=16, clip=0.01)
+           warmup_updates=2000, num_candidates=16, clip=0.01, backbone="tiny", learning_rate=1e-4, capacity=20_000)
 TASKS = {"pick-cube": dict(episode_limit=200, box_size=(40, 40, 30)),
          "route-cable": dict(episode_limit=150, box_size=(20, 30, 30)),
          "insert-usb": dict(episode_limit=200, box_size=(20, 15, 15)),
@@ -29,7 +29,9 @@ PRESETS = {"paper": {}, "cpu": dict(                                       # our
     hidden=256, layers=3, flow_steps=5, batch_size=128, online_learning_rate=3e-4, critic_learning_rate=3e-4,
     act="posterior", heads=5, pessimism=1.0, tau=0.02,
     num_candidates=8, pretrain_steps=5000, warmup_updates=2000, capacity=10_000, reward_offset=-0.01, demo_share=0.5,
-    temperature=0.01, clip=0.6, policy_tau=0.005, episode_limit=100)}
+    temperature=0.01, clip=0.6, policy_tau=0.005, episode_limit=100, channels=64, blocks=2)}
+VLA_CPU = dict(horizon=5, batch_size=32, learning_rate=1e-3, online_learning_rate=1e-3, critic_learning_rate=1e-3,
+               pretrain_steps=1500, warmup_updates=1000, updates_per_step=0.5, capacity=5000)   # as in vla_head.py
 
 
 @dataclass
@@ -51,6 +53,10 @@ class Args:
     overwrite: bool = False           # replace a run that is already in run_dir; never the episodes of a real arm
     observe: Literal["auto", "state", "vision"] = "auto"  # vision: cameras instead of the simulator's object poses
     encoder: str | None = None        # weights of the ResNet-10; without: fixed random ones, with a warning
+    backbone: str | None = None       # a vision-language model instead: its folder, or tiny: a random one (Table V's)
+    instruction: str | None = None    # what the model is told; default: the task's own words
+    channels: int = 256               # width of the head on it (ours)
+    blocks: int = 6                   # transformer blocks of the head (ours)
     box_center: tuple[float, float, float] | None = None  # cm, in the arm's base frame; default: where the tool starts
     box_size: tuple[float, float, float] = (40, 40, 30)  # cm (Table III)
     box_from_demos: bool = False      # the box of the recorded episodes and 2 cm around it
@@ -113,13 +119,17 @@ def parse(argv, description):
         if task not in TASKS:
             raise UserError(f"unknown task '{task}'; choose one of {', '.join(TASKS)}")
         preset = given.preset if given.preset in PRESETS else "paper" if torch.cuda.is_available() else "cpu"
-        default = Args(task=task, preset=preset, **TASKS[task] | PRESETS[preset])
+        small = VLA_CPU if preset == "cpu" and TASKS[task] is VLA else {}
+        default = Args(task=task, preset=preset, **TASKS[task] | PRESETS[preset] | small)
     args = tyro.cli(Args, args=argv, default=default, description=description)
     for name in ("episode_limit", "horizon", "max_step", "max_turn", "max_joint_speed", "leash", "cone", "batch_size"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
     if not args.realtime and args.robot != "sim":
         raise UserError(f"--no-realtime is for the simulated arm: {args.robot} cannot wait for the learner")
+    if args.backbone is not None and args.observe == "state":
+        raise UserError(f"--observe state: {args.task} is seen by a vision-language backbone, which needs pictures")
+    args.observe = "vision" if args.backbone is not None else args.observe
     args.data = args.data or f"data/{args.task}-{args.robot.rpartition(':')[2]}"
     args.run_dir = args.resume or args.run_dir or f"runs/{args.task}-robot-s{args.seed}"
     args.episodes = args.episodes or {"record": 30, "train": 200, "eval": 20}[args.role]
@@ -136,20 +146,29 @@ def open_arm(args):
         options[name] = value
     if args.robot == "sim":
         task = "cube" if args.task in ("pick-cube", "pick-pen") else "peg"
-        options = {"task": task, "seed": args.seed, "cameras": args.observe == "vision",
+        options = {"task": task, "seed": args.seed, "cameras": None if args.observe == "vision" else False,
                    "realtime": args.realtime} | options
     robot, teleop = arms.make(args.robot, **options), None
     if args.teleop is not None:
         module, _, name = args.teleop.partition(":")
         try:
             teleop = getattr(importlib.import_module(module), name)()
-        except (ImportError, AttributeError, ValueError, TypeError) as error:
-            raise UserError(f"--teleop {args.teleop}: {error}; it is package.module:Class, made without arguments") \
-                from error
-        teleop.connect()
+            teleop.connect()
+        except (ImportError, AttributeError, ValueError, TypeError, OSError) as error:
+            raise UserError(f"--teleop {args.teleop}: {error}; it is package.module:Class, made without arguments, "
+                            "that connects") from error
     elif args.robot == "sim":
         from .teleop import ScriptedExpert
         teleop = ScriptedExpert(robot, seed=args.seed)
     if args.role == "record" and teleop is None:
         raise UserError("recording needs someone to tele-operate: --teleop package.module:Class")
     return robot, teleop
+
+
+def open_eyes(args, cameras):
+    """What makes features of these cameras' pictures: the frozen ResNet-10 or the vision-language backbone."""
+    if args.backbone is None:
+        from .vision import Encoder
+        return Encoder(args.encoder)
+    from .language import Tokens
+    return Tokens(args, cameras)

@@ -101,6 +101,10 @@ class Encoder(nn.Module):
         x = pictures.to(self.mean.device).flatten(0, 1).permute(0, 3, 1, 2).float() / 255  # (B * V, 3, H, W)
         return self.net((x - self.mean) / self.deviation).unflatten(0, (batch, views)).flatten(1)
 
+    def sizes(self, cameras) -> dict:
+        """The columns that the features of these cameras fill: {name: width}."""
+        return dict.fromkeys(cameras, FEATURES)
+
     def save(self, path: str | Path) -> None:
         """Writes the network's weights as a plain state_dict."""
         torch.save(self.net.state_dict(), path)

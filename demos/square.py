@@ -16,18 +16,18 @@ class SquareDemonstrator(Carrier):
 
     CLEAR = 0.95
     SPEED = (0.7, 1.6)
-    NOISE = (0.03, 0.2)
-    WOBBLE = (0.0, 0.15)  # the hole leaves 7 mm on each side of the peg
+    NOISE = (0.02, 0.12)
+    WOBBLE = (0.0, 0.08)  # the hole leaves 7 mm on each side of the peg
     CENTRE = 0.004
     DEPTH = (-0.008, 0.006)
-    TURN = (0.6, 1.0)
+    TURN = (0.8, 1.0)
     SYMMETRY = np.pi  # of the handle
     CLOSE_STEPS = (9, 16)  # the handle is thin; some rise too early all the same
-    MISS = 0.25
+    MISS = 0.1
     HEIGHT = (1.0, 1.06)
     AIM = 0.002
     ARRIVED = 0.006
-    SLIP = 0.25  # probability that the nut is set down beside the peg, on its edge, before another try
+    SLIP = 0.1  # probability that the nut is set down beside the peg, on its edge, before another try
     SLIP_OFFSET = (0.012, 0.025)
     STEADY = {"descend": 0.6, "carry": 0.6, "lower": 0.4}
     FALL = 0.4  # share of episodes that let the threaded nut fall

@@ -300,6 +300,9 @@ def test_an_interrupt_while_connecting_closes_the_bus(pair, monkeypatch):
 def test_a_leader_is_read_from_a_can_of_its_own():
     channel = next(names)
     bus, leader = can.Bus(interface="virtual", channel=channel), PiperLeader(channel, bus="virtual")
+    with pytest.raises(ConnectionError, match="connect"):
+        leader.get_action()
+    leader.connect()
     with pytest.raises(ConnectionError, match="silent"):
         leader.get_action()
     angles = (10_000, 90_000, -200_000, 0, -5000, 1)                                # the third is beyond its range

@@ -1,8 +1,10 @@
 """What must not go wrong silently on an arm: a start outside the box, lost recordings, a starved learner, a failure."""
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -114,6 +116,19 @@ def test_a_learner_that_falls_behind_is_told_once(capfd):
         assert background.report() == {"updates": 3}
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and f"{STARVED + 1} updates behind" in err and "--updates-per-step" in err
+
+
+def test_the_arm_waits_for_weights_that_are_just_being_written():
+    """Version 1 is announced while the learner still holds the lock, for long where it gets no processor."""
+    background, waited = Background.__new__(Background), []
+    background.shared, background.newest, background.lock = torch.ones(3), -1, multiprocessing.Lock()
+    background.version, background.policies = SimpleNamespace(value=1), [torch.nn.Linear(2, 1)]
+    background.lock.acquire()
+    background.process = SimpleNamespace(
+        join=lambda seconds: waited.append(seconds) or len(waited) == 3 and background.lock.release(),
+        is_alive=lambda: True)
+    background.wait()
+    assert len(waited) == 3 and background.newest == 1 and (background.policies[0].weight == 1).all()
 
 
 def test_a_pessimistic_posterior_avoids_what_the_heads_disagree_on():

@@ -2,9 +2,11 @@
 
     python -m pytest tests/test_robot_piper.py            # needs piper_sdk and python-can, skipped without
 """
+import contextlib
 import dataclasses
 import struct
 import sys
+import threading
 import time
 
 import h5py
@@ -17,11 +19,11 @@ from arms.keypad import ScriptedPad
 from arms.learner import Learner
 from arms.senses import JOINTS, Pace, Senses
 from arms.settings import parse
-from logbook import Interrupt, Logbook, UserError
+from logbook import Interrupt, Logbook, UserError, cli
 
 can = pytest.importorskip("can")
 pytest.importorskip("piper_sdk")
-from arms.piper import PiperArm  # noqa: E402
+from arms.piper import PiperArm, PiperLeader  # noqa: E402
 from test_piper import FakeArm, names  # noqa: E402
 
 REST = np.array([0.0, 0.4, -0.4, 0.0, 0.3, 0.0])
@@ -188,3 +190,68 @@ def test_record_and_eval_through_the_command_line(fake, tmp_path, monkeypatch, c
     rows = robot.main(["eval", "--run-dir", str(tmp_path / "run"), "--episodes", "2"])
     assert [row["success"] for row in rows] == [True, False] and "success 1 of 2" in capsys.readouterr().out
     assert fake.enabled and not power_cut(fake)
+
+
+class Leader(PiperLeader):
+    """The leader's driver on a virtual bus where a fake leader speaks every 20 ms, until it was asked ten times."""
+
+    instances = []
+
+    def __init__(self):
+        super().__init__(next(names), "virtual")
+        self.asked, self.done = 0, threading.Event()
+        self.instances.append(self)
+
+    def connect(self, calibrate=True):
+        super().connect()
+        self.bus_end = can.Bus(interface="virtual", channel=self.channel)
+        threading.Thread(target=self.speak, daemon=True).start()
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            with contextlib.suppress(ConnectionError):                # until it is heard
+                return super().get_action()
+            time.sleep(0.02)
+
+    def speak(self):
+        degrees = [round(np.degrees(joint) * 1000) for joint in REST + [0, 0.03, 0, 0, 0, 0]]
+        frames = [struct.pack(">ii", *degrees[2 * i:2 * i + 2]) for i in range(3)]
+        frames.append(struct.pack(">ihBB", 20_000, 0, 1, 0))
+        while not self.done.wait(0.02):
+            for number, data in zip((0x155, 0x156, 0x157, 0x159), frames):
+                self.bus_end.send(can.Message(arbitration_id=number, data=data, is_extended_id=False))
+        self.bus_end.shutdown()
+
+    def get_action(self):
+        self.asked += 1
+        if self.asked == 10:
+            self.done.set()
+        return super().get_action()
+
+
+def lead(fake, tmp_path, monkeypatch, *more):
+    """`record` with the leader arm, one episode of 200 steps, as from a shell; the exit code."""
+    monkeypatch.setitem(sys.modules, "leads", sys.modules[__name__])
+    monkeypatch.setattr(robot, "open_keypad", lambda name: Pad([None] * 200))
+    wires = ["--options", f"channel={fake.channel}", "bus=virtual", "--data", str(tmp_path / "demos")]
+    with pytest.raises(SystemExit) as end:
+        cli(lambda: robot.main(["record", *TOY, *wires, "--teleop", "leads:Leader", "--episode-limit", "200", *more]))
+    return end.value.code
+
+
+def test_a_leader_arm_that_goes_silent_ends_in_one_line_after_hold_and_rest(fake, tmp_path, monkeypatch, capfd):
+    assert lead(fake, tmp_path, monkeypatch) == 2
+    err = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert len(err) == 1 and err[0].startswith("error: the operator's arm is lost") and "is silent: powered" in err[0]
+    leader, ran = Leader.instances.pop(), targets(fake)
+    leader.disconnect()
+    assert leader.asked > 10                                          # it led, then half a second passed
+    assert np.abs(np.diff(ran, axis=0)).max() * 15 <= 91 and np.abs(ran[:, 1]).max() > 24
+    np.testing.assert_allclose(ran[-1], 0, atol=1.5)                  # degrees: where it rests
+    assert fake.enabled and not power_cut(fake) and not numbered(tmp_path / "demos")
+
+
+def test_a_leader_arm_without_its_bus_is_one_line_before_anything_moves(fake, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(Leader, "connect", lambda self: PiperLeader("can7").connect())
+    assert lead(fake, tmp_path, monkeypatch) == 2
+    err = capfd.readouterr().err.splitlines()
+    assert "--teleop leads:Leader" in err[-1] and "can7" in err[-1] and "Traceback" not in "".join(err) and not fake.log

@@ -195,6 +195,8 @@ def test_fit_standardises_and_pools_the_demonstrations(backbone):
     assert_close(seen.std(0), torch.ones(P + 8), rtol=0, atol=1e-3)
     correlation = torch.corrcoef(policy.critic_obs(context)[:, P:].T)
     assert (correlation - torch.eye(8)).abs().max() < 0.3                             # principal components
+    policy.fit(obs, torch.tensor([3.0] + [0.01] * (P - 1)))
+    assert policy.state_std[0] == 3 and (policy.state_std[1:] < 3).all() and (policy.obs_std[:P] == 1).all()
 
 
 def test_black_and_grey_images_are_seen_and_other_types_refused(backbone):
