@@ -30,6 +30,7 @@ class Speed:
     preset: Literal["paper", "cpu"] = "cpu"    # whose sizes to measure
     modes: tuple[str, ...] = ("0", "1", "4-ray")  # rollout workers
     steps: int = 400                           # timed environment steps of each mode
+    threads: int = 1                           # the learner's; 0 leaves torch's own choice
     before: int = 200                          # steps before them, while queues fill
     out: str | None = None                     # JSON file; default benchmarks/rollouts-<preset>.json
 
@@ -39,6 +40,7 @@ def measure(speed, mode):
     args, clock = preset_defaults(Args, speed.task, speed.preset), Clock()
     count, _, ray = mode.partition("-")
     args.preset, args.rollouts, args.ray, args.warmup_steps = speed.preset, int(count), "local" if ray else None, 0
+    args.threads = speed.threads
     device, data = setup(args), demonstrations(args)
     agent = POCO(args, make_policy(args, device, data), clock)
     with contextlib.closing(Interaction(args, agent, clock, len(data["obs"]))) as world:
@@ -68,7 +70,8 @@ def main():
         print(f"| {mode} | {row['env_steps_per_s']:.1f} | {row['ms_per_step']:.1f} | {env:.1f} | {act:.1f} | "
               f"{sum(rest):.1f} |")
     report = {"task": speed.task, "preset": speed.preset, "machine": platform.processor() or platform.machine(),
-              "cores": os.cpu_count(), "torch": torch.__version__, "steps": speed.steps, "modes": rows}
+              "cores": os.cpu_count(), "torch": torch.__version__, "threads": speed.threads,
+              "steps": speed.steps, "modes": rows}
     out = Path(speed.out or f"benchmarks/rollouts-{speed.preset}.json")
     out.write_text(json.dumps(report, indent=2) + "\n")
 
