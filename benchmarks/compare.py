@@ -6,7 +6,8 @@
     python -m benchmarks.compare --task lift --methods poco,qc --seeds 3 --online-steps 6000    # flags for every run
 
 Runs go to runs/<task>-<method>-s<seed>/ and start from runs/<task>-bc-s<seed>, trained if missing. A finished run is
-skipped and an interrupted one continued, so the same command picks up where it stopped, adds seeds and adds methods.
+skipped and an interrupted one continued, so the same command picks up where it stopped, adds seeds and adds methods;
+with --finished it shows what is there so far.
 An ablation is POCO with several values of one argument; 'poco' among them is the one with the preset's own value.
 Writes --out (default runs/compare-<task>, runs/<ablation>-<task>).csv, .md (the table), .png (environment steps on x)
 and -time.png (seconds).
@@ -69,6 +70,7 @@ def parse(argv=None):
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", help="where the results go, without an ending; default runs/compare-<task>, or "
                         "runs/<ablation>-<task>")
+    parser.add_argument("--finished", action="store_true", help="run nothing: show the finished runs alone")
     args, flags = parser.parse_known_args(argv)
     args.title = args.task
     if args.ablation:
@@ -226,6 +228,11 @@ def figure(rows, methods, title, path, time):
 def main(argv=None):
     args, flags = parse(sys.argv[1:] if argv is None else argv)
     jobs = [(method, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for method in args.methods]
+    if args.finished:
+        jobs = [job for job in jobs if finished(folder_of(args.task, *job))]
+        args.methods = [method for method in args.methods if method in dict(jobs)]
+        if not jobs:
+            raise UserError("none of these runs is finished; without --finished they are made")
     for method, seed in jobs:
         if not run(args.task, method, seed, flags):
             print("interrupted; the same command continues")

@@ -73,6 +73,18 @@ def test_finished_runs_are_skipped_interrupted_ones_continued_and_files_written(
     assert "| poco --clip inf | policy |" in capsys.readouterr().out
 
 
+def test_finished_shows_what_is_there_and_runs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(train_online, "main", lambda argv: pytest.fail("a run was started"))
+    with pytest.raises(UserError, match="none of these runs is finished"):
+        compare.main(["--methods", "poco", "--finished"])
+    fake_run("poco", 0)
+    fake_run("poco", 1, last=100)
+    fake_run("qc", 1, "best")
+    compare.main(["--methods", "poco,qc,fql", "--seeds", "3", "--finished"])
+    text = capsys.readouterr().out
+    assert "| poco | policy | 1 |" in text and "| qc | best | 1 |" in text and "fql" not in text
+
+
 def test_a_new_run_gets_its_own_flags_and_those_of_all(monkeypatch):
     calls = []
     monkeypatch.setattr(train_online, "main", calls.append)
