@@ -1,24 +1,28 @@
-"""How fast is one POCO update, and what share of the processor's own matrix-product rate is that?
+"""How fast are an update, acting and the simulators, and what share of the processor's own product rate is the update?
 
-    python -m benchmarks.speed                    # paper size, a minute; writes benchmarks/speed-paper.json
-    python -m benchmarks.speed --preset cpu
+    python -m benchmarks.speed                    # paper size, 2 minutes; writes benchmarks/speed-paper.json
+    python -m benchmarks.speed --preset cpu --tasks lift
 
-The product rate is measured in the same run, between the updates, because the speed of a shared machine drifts.
-Not here: learning curves (python -m logbook RUN_DIR), simulator speed.
+The product rate is measured in the same run, between the updates, because the speed of a shared machine drifts. Acting
+and simulators use one thread, as in a rollout worker.
+Not here: learning curves (python -m logbook RUN_DIR), interaction and learning together (benchmarks.rollouts).
 """
 import json
 import platform
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 
+import envs
 from logbook import Clock
 from replay import Batch
-from train_offline import make_policy, preset_defaults, setup
+from train_offline import Acting, make_policy, preset_defaults, setup
 from train_online import POCO, Args
 
 
@@ -26,7 +30,8 @@ from train_online import POCO, Args
 class Speed:
     preset: Literal["paper", "cpu"] = "paper"  # whose sizes to measure
     updates: int = 20                          # timed updates, after 3 to warm up
-    threads: int = 0                           # CPU threads; 0 leaves torch's own choice
+    threads: int = 0                           # CPU threads of the update; 0 leaves torch's own choice
+    tasks: tuple[str, ...] = tuple(envs.TASKS)  # whose simulators to step
     out: str | None = None                     # JSON file; default benchmarks/speed-<preset>.json
 
 
@@ -64,41 +69,86 @@ def finish(device):
     return time.perf_counter()
 
 
-def main():
-    speed = tyro.cli(Speed, description=__doc__)
-    args = preset_defaults(Args, "lift", speed.preset)
-    args.preset, args.threads = speed.preset, speed.threads
-    device = setup(args)
+def updates(speed, args, agent, device):
+    """Median seconds of an update, of its phases, and its share of the product rate."""
     dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
-    policy, clock = make_policy(args, device), Clock()
-    agent = POCO(args, policy, clock)
-    size, obs_dim, action_dim = args.batch_size, len(policy.obs_mean), policy.action_dim
+    size, obs_dim, action_dim = args.batch_size, len(agent.policy.obs_mean), agent.policy.action_dim
     batch = Batch(torch.randn(size, obs_dim), torch.rand(size, args.horizon, action_dim) * 2 - 1,
                   torch.ones(size, args.horizon), torch.rand(size), torch.full((size,), 0.95),
                   torch.randn(size, obs_dim))
     batch = Batch(*(value.to(device) for value in batch))
     for _ in range(3):
         agent.update(batch, warmup=False)
-    clock.split()
+    agent.clock.split()
     seconds, rates = [], []
     for _ in range(speed.updates):
         rates.append(matmul_rate(args, device, dtype))
         start = finish(device)
         agent.update(batch, warmup=False)
         seconds.append(finish(device) - start)
-    phases = {name: value / speed.updates for name, value in clock.split().items()}
+    phases = {name: value / speed.updates for name, value in agent.clock.split().items()}
     flops = update_flops(args, obs_dim, action_dim)
-    median = sorted(seconds)[len(seconds) // 2]
-    rate = sorted(rates)[len(rates) // 2]
-    share = sorted(sum(flops.values()) / s / r for s, r in zip(seconds, rates))[len(seconds) // 2]
+    share = np.median([sum(flops.values()) / s / r for s, r in zip(seconds, rates)])
+    return {"update_seconds": np.median(seconds), "updates_per_second": 1 / np.median(seconds), "phase_seconds": phases,
+            "phase_gflops": {name: flops[name] / value / 1e9 for name, value in phases.items()},
+            "gflop_per_update": sum(flops.values()) / 1e9, "matmul_gflops": np.median(rates) / 1e9,
+            "share_of_matmul_rate": share}
+
+
+def acting_seconds(agent, args, repeats=100):
+    """Median seconds for one chunk of one state, drawn from the policy and from the posterior of 32 candidates."""
+    rng, obs = np.random.default_rng(0), np.zeros((1, len(agent.policy.obs_mean)), np.float32)
+    posterior = Acting(agent.actor, agent.critic, 32, args.temperature, args.pessimism)
+    return {"policy": median_seconds(lambda: Acting(agent.actor)(obs, rng), repeats),
+            "best_of_32": median_seconds(lambda: posterior(obs, rng), repeats)}
+
+
+def median_seconds(function, repeats):
+    function()
+    times = [time.perf_counter()]
+    for _ in range(repeats):
+        function()
+        times.append(time.perf_counter())
+    return float(np.median(np.diff(times)))
+
+
+def steps_per_second(task, steps=200):
+    """Of one environment under random actions, resets not counted."""
+    env, rng, seconds = envs.make_env(task), np.random.default_rng(0), 0.0
+    env.reset(seed=0)
+    for _ in range(steps):
+        action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+        start = time.perf_counter()
+        ended = any(env.step(action)[2:4])
+        seconds += time.perf_counter() - start
+        if ended:
+            env.reset()
+    env.close()
+    return steps / seconds
+
+
+def main():
+    speed = tyro.cli(Speed, description=__doc__)
+    args = preset_defaults(Args, "lift", speed.preset)
+    args.preset, args.threads = speed.preset, speed.threads
+    device = setup(args)
+    agent = POCO(args, make_policy(args, device), Clock())
     report = {"preset": speed.preset, "device": device.type, "machine": platform.processor() or platform.machine(),
-              "threads": torch.get_num_threads(), "torch": torch.__version__, "precision": args.precision,
-              "update_seconds": median, "updates_per_second": 1 / median, "phase_seconds": phases,
-              "gflop_per_update": sum(flops.values()) / 1e9, "matmul_gflops": rate / 1e9, "share_of_matmul_rate": share}
-    print(f"{report['gflop_per_update']:.0f} GFLOP per update, {1e3 * median:.1f} ms: {1 / median:.2f} updates/s")
-    for name, value in phases.items():
-        print(f"  {name:8s} {1e3 * value:8.1f} ms   {flops[name] / value / 1e9:7.0f} GFLOP/s")
-    print(f"{args.precision} matrix product {rate / 1e9:.0f} GFLOP/s; the whole update: {100 * share:.0f} % of it")
+              "threads": torch.get_num_threads(), "torch": torch.__version__, "precision": args.precision}
+    report |= updates(speed, args, agent, device)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    torch.set_num_threads(1)
+    report["acting_seconds"] = acting_seconds(agent, args)
+    report["peak_memory_gb"] = (peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9     # of Linux
+    report["env_steps_per_second"] = {task: steps_per_second(task) for task in speed.tasks}
+    print(f"{report['gflop_per_update']:.0f} GFLOP per update, {1e3 * report['update_seconds']:.1f} ms: "
+          f"{report['updates_per_second']:.2f} updates/s, {report['peak_memory_gb']:.1f} GB")
+    for name, value in report["phase_seconds"].items():
+        print(f"  {name:8s} {1e3 * value:8.1f} ms   {report['phase_gflops'][name]:7.0f} GFLOP/s")
+    print(f"{args.precision} matrix product {report['matmul_gflops']:.0f} GFLOP/s; the whole update: "
+          f"{100 * report['share_of_matmul_rate']:.0f} % of it")
+    print("one chunk: " + ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in report["acting_seconds"].items()))
+    print("env steps/s: " + ", ".join(f"{name} {value:.0f}" for name, value in report["env_steps_per_second"].items()))
     out = Path(speed.out or f"benchmarks/speed-{speed.preset}.json")
     out.write_text(json.dumps(report, indent=2) + "\n")
 
