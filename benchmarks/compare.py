@@ -214,7 +214,8 @@ def figure(rows, methods, title, path, time):
         axes.plot(x, 100 * success.mean(0), "o-" if index < len(PALETTE) else "s--", color=color, markersize=4,
                   linewidth=1.6, label=method)
         axes.fill_between(x, *(100 * interval(success)), color=color, alpha=0.15, linewidth=0)
-    seeds = len({row["seed"] for row in rows})
+    counts = sorted({len({row["seed"] for row in rows if row["method"] == method}) for method in methods})
+    seeds = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
     axes.set(title=f"{title}: mean of {seeds} seeds, 95 % bootstrap interval", ylabel="success (%)", ylim=(-3, 103),
              xlabel="minutes of stage II, evaluation not counted" if time else "environment steps")
     if not time:
