@@ -197,8 +197,8 @@ class Faraway:
         self.ray.kill(self.hub)
 
     def _start(self):
-        actor = self.ray.remote(Pupil).options(**self.options).remote()
-        self.future, self.sent = actor.learn.remote(self.hub, *self.job), set()
+        self.actor = self.ray.remote(Pupil).options(**self.options).remote()   # dropped, it would end, and its last words
+        self.future, self.sent = self.actor.learn.remote(self.hub, *self.job), set()                  # be lost with it
 
     def _follow(self):
         while not self.closing:

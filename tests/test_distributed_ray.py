@@ -99,9 +99,10 @@ class Mortal(arm.Faraway):
         super().absorb(path)
         if path.stem.endswith("1"):
             self._until(lambda: self.report().get("updates", 0) >= 20)
-            Mortal.killed = self.newest[0], self.report()["updates"]
             for pid in pupils():
                 os.kill(pid, signal.SIGKILL)
+            self._until(lambda: self.silent)                                       # now its last words are in, too
+            Mortal.killed = self.newest[0], self.report()["updates"]
         if path.stem.endswith("3"):
             self._until(lambda: self.report()["updates"] > Mortal.killed[1])
 
