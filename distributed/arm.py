@@ -197,8 +197,8 @@ class Faraway:
         self.ray.kill(self.hub)
 
     def _start(self):
-        self.actor = self.ray.remote(Pupil).options(**self.options).remote()   # dropped, it would end, and its last words
-        self.future, self.sent = self.actor.learn.remote(self.hub, *self.job), set()                  # be lost with it
+        self.actor = self.ray.remote(Pupil).options(**self.options).remote()     # kept: what it has put ends with it
+        self.future, self.sent = self.actor.learn.remote(self.hub, *self.job), set()
 
     def _follow(self):
         while not self.closing:
