@@ -150,7 +150,7 @@ def test_the_actor_is_frozen_during_warm_up(demo_file, stage_one, tmp_path):
 
 def test_the_online_setting_has_no_stage_one(demo_file, tmp_path, monkeypatch):
     """Table II: an untrained policy that standardises by the demonstrations, which are in the replay."""
-    monkeypatch.setattr(train_online, "stage_one", None)
+    monkeypatch.setattr(train_offline, "stage_one", None)
     train_online.main([*ONLINE, "--data", str(demo_file), "--setting", "online", "--online-steps", "4",
                        "--run-dir", str(tmp_path / "run")])
     state, data = load_checkpoint(tmp_path / "run/last.pt"), demos.load(demo_file, "lift")
