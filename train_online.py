@@ -20,7 +20,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-import distributed
 import envs
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from logbook import (Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint,
@@ -181,8 +180,11 @@ class Interaction:
             with clock("act"):
                 return acting(obs[None], self.act_rng)
 
-        self.runner = envs.ChunkRunner(envs.make_env(**options), act) if args.rollouts == 0 else distributed.Rollouts(
-            acting, options, args.rollouts, args.seed, EVAL_SEED, args.horizon, args.ray)
+        if args.rollouts == 0:
+            self.runner = envs.ChunkRunner(envs.make_env(**options), act)
+        else:
+            from distributed import Rollouts
+            self.runner = Rollouts(acting, options, args.rollouts, args.seed, EVAL_SEED, args.horizon, args.ray)
         self.steps, self.episodes, self.recent = 0, 0, []
 
     def start(self, demonstrations):
@@ -347,6 +349,7 @@ def evaluate(args, agent, evaluator, episodes, step, book, bar):
 
 def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy, world_class=Interaction):
     args = parse(args_class, argv)
+    getattr(agent_class, "check", lambda args: None)(args)
     device, clock = setup(args), Clock()
     name = getattr(args, "variant", agent_class.name)         # a file may hold a method's variants
     folder = Path(args.eval or args.resume or args.run_dir or f"runs/{args.task}-{name}-s{args.seed}")

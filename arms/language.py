@@ -51,8 +51,8 @@ class Tokens:
 
     def sizes(self, cameras):
         """The column that the features fill: {name: width}."""
-        length, width = self.backbone.length, self.backbone.width
-        return {f"tokens_{length}x{width}_{fingerprint(self.backbone)}": length * width}
+        shape = f"{self.backbone.length}x{self.backbone.width}"
+        return {f"tokens_{shape}_{fingerprint(self.backbone)}": self.width}
 
     def features(self, pictures):
         """{name: (H, W, 3) uint8}, all of one size -> (1, L * W) float32 on the CPU."""

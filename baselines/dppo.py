@@ -36,6 +36,7 @@ class DPPO:
     name = "dppo"
     stats = ("value", "returns", "surrogate", "clip_frac", "kl")
     modes = ("policy",)
+    check = staticmethod(ppo.check)
 
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock, self.device = args, policy, clock, policy.obs_mean.device

@@ -108,6 +108,11 @@ class DSRL:
     stats = ("q_actor", "entropy", "alpha", "noise_critic", "critic", "q_data", "target")
     modes, collects = ("policy",), "policy"
 
+    @staticmethod
+    def check(args):
+        if args.rollouts and args.variant == "dsrl-sac":
+            raise UserError("dsrl-sac learns from the noise it acted with, which --rollouts do not report")
+
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock, self.device = args, policy, clock, policy.obs_mean.device
         self.policy.requires_grad_(False)
@@ -118,8 +123,6 @@ class DSRL:
         self.temperature = Temperature(args.init_temperature).to(self.device)
         self.steered = Steered(policy, self.actor, args.noise_bound, not self.aliasing).to(self.device)
         self.memory = None if self.aliasing else ChunkMemory(args, policy)
-        if self.memory is not None and args.rollouts:
-            raise UserError(f"{args.variant} learns from the noise it acted with, which --rollouts do not report")
         self.actor_optimizer = adam([*self.actor.parameters(), *self.temperature.parameters()], args)
         self.critic_optimizer = adam(self.critic.parameters(), args)
         self.noise_optimizer = adam(self.noise_critic.parameters(), args) if self.aliasing else None

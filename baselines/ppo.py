@@ -155,6 +155,12 @@ class Chains(NamedTuple):
     returns: Tensor    # (B,) what V should say
 
 
+def check(args):
+    """Refuses, before anything runs, what the methods built on this file cannot do."""
+    if args.rollouts:
+        raise UserError("on-policy methods play with exactly the policy they update: they take no --rollouts")
+
+
 class Rollouts:
     """Stands in for train_online.py's Interaction: E environments, whose chunks are learnt from once and forgotten.
 
@@ -164,8 +170,6 @@ class Rollouts:
     counters = ("steps", "episodes", "recent", "began", "row", "turn", "done")
 
     def __init__(self, args, agent, clock, demo_steps):
-        if args.rollouts:
-            raise UserError("on-policy methods play with exactly the policy they update: they take no --rollouts")
         self.args, self.agent, self.clock = args, agent, clock
         obs_dim, horizon, flow = (envs.TASKS[args.task].obs_dim,), (args.horizon,), agent.policy.flow_steps
         shapes = {"obs": obs_dim, "next_obs": obs_dim, "chain": (flow + 1, *horizon, agent.policy.action_dim),

@@ -55,6 +55,7 @@ class ReinFlow:
     name = "reinflow"
     stats = ("value", "returns", "surrogate", "clip_frac", "kl", "entropy", "noise")
     modes = ("policy",)
+    check = staticmethod(ppo.check)
 
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock, self.device = args, policy, clock, policy.obs_mean.device

@@ -26,7 +26,7 @@ import torch
 
 from arms.episodes import numbered
 from arms.learner import Acting, Learner, networks, serve, unflatten
-from logbook import Interrupt, UserError, load_checkpoint
+from logbook import Interrupt, UserError, load_checkpoint, replacing
 
 from .cluster import TIMEOUT, connect, make_hub
 
@@ -41,8 +41,8 @@ def read(path):
 def write(path, data):
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data.tofile(part := path.with_name(f".{path.name}.part"))
-    part.replace(path)
+    with replacing(path) as file:
+        data.tofile(file)
 
 
 # ---- there -----------------------------------------------------------------------------------------------------------

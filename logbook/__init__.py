@@ -62,7 +62,7 @@ def _reason(error):
 
 
 @contextlib.contextmanager
-def _replacing(path):
+def replacing(path):
     """A file that takes the place of `path` once it is complete and on the disk; on failure `path` stays."""
     path = Path(path)
     # one fixed name: what a killed process leaves behind is overwritten by the next save and never piles up
@@ -109,7 +109,7 @@ def save_checkpoint(path, state):
     """Write `state` (a dict) atomically: at every instant `path` is the old checkpoint or the new one."""
     path, state = Path(path), {**_plain(state), "version": VERSION}
     try:
-        with _replacing(path) as file:
+        with replacing(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
         kept = "the previous checkpoint is intact" if path.exists() else "no checkpoint was written"
@@ -177,7 +177,7 @@ class Logbook:
                 raise UserError(f"{folder} already holds a run: continue it with --resume {folder}, "
                                 "replace it with --overwrite, or choose another folder with --run-dir DIR")
             folder.mkdir(parents=True, exist_ok=True)
-            with _replacing(folder / "args.json") as file:    # first: if this fails, nothing was removed yet
+            with replacing(folder / "args.json") as file:    # first: if this fails, nothing was removed yet
                 text = json.dumps({"args": args, "versions": _versions()}, indent=2, default=str)
                 file.write(text.encode() + b"\n")
             is_begun = True
@@ -263,7 +263,7 @@ class Logbook:
         self._events = None
 
     def _rewrite(self, name, header, rows):
-        with _replacing(self.folder / name) as file:
+        with replacing(self.folder / name) as file:
             file.write("".join(",".join(map(str, row)) + "\n" for row in [header, *rows]).encode())
 
     def _scalars(self, step, values):

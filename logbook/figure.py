@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import UserError, _replacing, _writing, read_args
+from . import UserError, _writing, read_args, replacing
 
 COLORS = {"policy": "#0072b2", "posterior": "#d55e00"}      # Okabe-Ito: colour-blind eyes tell them apart
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
@@ -68,7 +68,7 @@ def draw(folders, out=None):
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     path = Path(out) if out else folders[0] / "curve.png" if len(folders) == 1 else Path("curves.png")
-    with _writing(path), _replacing(path) as file:
+    with _writing(path), replacing(path) as file:
         figure.savefig(file, format="png", dpi=150)
     return path
 

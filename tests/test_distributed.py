@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +22,10 @@ import torch
 import demos
 import distributed
 import train_online
-from baselines import dsrl, ppo
+from baselines import dppo, dsrl, reinflow
 from counter import HORIZON, LIMIT, Actor, Counter, Suicide
 from distributed import Rollouts, cluster, flat, play
 from logbook import UserError, load_checkpoint, save_checkpoint
-from train_offline import make_policy, preset_defaults
 
 ROOT = Path(__file__).parent.parent
 
@@ -323,13 +321,13 @@ def test_a_mistake_is_one_line(command, found):
         train_online.main([*TOY, "--task", "lift", *command])
 
 
-def test_methods_that_must_know_how_they_acted_refuse_workers():
-    with pytest.raises(UserError, match="no --rollouts"):
-        ppo.Rollouts(types.SimpleNamespace(rollouts=1), None, None, 0)
-    args = preset_defaults(dsrl.Args, "lift", "cpu")
-    args.variant, args.rollouts, args.hidden, args.layers = "dsrl-sac", 1, 8, 1
-    with pytest.raises(UserError, match="learns from the noise"):
-        dsrl.DSRL(args, make_policy(args, torch.device("cpu")), None)
+@pytest.mark.parametrize("method, flags, found", [
+    (dppo, [], "no --rollouts"), (reinflow, [], "no --rollouts"),
+    (dsrl, ["--variant", "dsrl-sac"], "learns from the noise")])
+def test_methods_that_must_know_how_they_acted_refuse_workers_before_anything_runs(tmp_path, method, flags, found):
+    with pytest.raises(UserError, match=found):
+        method.main([*TOY, "--task", "lift", *flags, "--rollouts", "1", "--run-dir", str(tmp_path / "run"),
+                     "--data", str(tmp_path / "none.hdf5")])
 
 
 # ---- Ray -------------------------------------------------------------------------------------------------------------

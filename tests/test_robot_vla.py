@@ -3,7 +3,6 @@
     python -m pytest tests/test_robot_vla.py              # needs transformers; one test needs OpenGL and says so
 """
 import copy
-import csv
 import os
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from arms.senses import JOINTS
 from arms.settings import TASKS, Args, open_eyes, parse
 from arms.sim import CAMERAS, SimArm
 from logbook import UserError, cli, load_checkpoint
+from test_robot_runs import rows_of
 
 pytest.importorskip("transformers", reason="vision-language tasks need transformers")
 import vla_head  # noqa: E402
@@ -111,11 +111,6 @@ def trained(recorded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     train(folder, recorded, "--episodes", "3")
     return folder
-
-
-def rows_of(folder):
-    with open(folder / "progress.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def task_of(recorded):
