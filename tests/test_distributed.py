@@ -326,7 +326,7 @@ def test_a_mistake_is_one_line(command, found):
     (dsrl, ["--variant", "dsrl-sac"], "learns from the noise")])
 def test_methods_that_must_know_how_they_acted_refuse_workers_before_anything_runs(tmp_path, method, flags, found):
     with pytest.raises(UserError, match=found):
-        method.main([*TOY, "--task", "lift", *flags, "--rollouts", "1", "--run-dir", str(tmp_path / "run"),
+        method.main(["--preset", "cpu", *flags, "--rollouts", "1", "--run-dir", str(tmp_path / "run"),
                      "--data", str(tmp_path / "none.hdf5")])
 
 
