@@ -33,6 +33,7 @@ from arms.kinematics import Kinematics, rotation_vector
 from arms.learner import STATS, Background, Learner, trained
 from arms.senses import JOINTS, PERIOD, Pace, Senses, rotation_matrix
 from arms.settings import open_arm, open_eyes, parse
+from distributed.arm import Faraway
 from logbook import Interrupt, Logbook, UserError, cli, curve
 
 OPEN = 0.07                                    # gripper opening in metres at action +1
@@ -456,20 +457,12 @@ def record(args):
         print(f"{merge(files, folder.with_suffix('.hdf5'))}; next: python robot.py train --task {args.task}")
 
 
-def learner_of(args):
-    """The class that learns: here, or on the machine at --learner."""
-    if not args.learner:
-        return Learner
-    from distributed.arm import Faraway
-    return Faraway
-
-
 def train(args):
     """Stage I, then episodes and learning, until args.episodes are on disk."""
     folder = Path(args.run_dir)
     with session(args) as rig:
         task = layout(args.task, rig.senses.sizes)
-        learner = learner_of(args)(args, task)                       # refuses missing demonstrations first
+        learner = (Faraway if args.learner else Learner)(args, task)         # refuses missing demonstrations first
         if args.resume:
             book = Logbook.resume(folder, COLUMNS, task=args.task, method="robot")
             learner.load_state_dict(book.load("last.pt"), folder / "episodes")

@@ -118,7 +118,7 @@ def test_an_arms_learner_on_another_node_dies_and_continues_from_its_own_checkpo
         nodes, learners, tmp_path, monkeypatch, capfd):
     """Every episode gets there, versions never fall, the arm's folder has the newest checkpoint, --resume works."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(arm, "Faraway", Mortal)
+    monkeypatch.setattr(robot, "Faraway", Mortal)
     robot.main(["record", *TOY, "--episodes", "2", "--data", "demos"])
     command = ["train", *TOY, "--data", "demos", "--episode-limit", "15", "--run-dir", "run"]
     robot.main([*command, "--episodes", "5", "--learner", nodes.address])
@@ -133,7 +133,7 @@ def test_an_arms_learner_on_another_node_dies_and_continues_from_its_own_checkpo
     assert [p.name for p in numbered(folder / "episodes")] == [p.name for p in numbered("run/episodes")]
     for path in numbered("run/episodes"):
         np.testing.assert_array_equal(arm.read(path), arm.read(folder / "episodes" / path.name))
-    monkeypatch.setattr(arm, "Faraway", Mortal.__base__)
+    monkeypatch.setattr(robot, "Faraway", arm.Faraway)
     robot.main(["train", "--resume", "run", "--episodes", "6"])
     again = load_checkpoint("run/last.pt")
     assert again["absorbed"] >= state["absorbed"] and again["updates"] >= state["updates"]
