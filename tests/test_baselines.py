@@ -254,6 +254,12 @@ def test_fql_distils_the_unclipped_chunk_to_the_flows_for_the_same_noise(monkeyp
     assert all(value.grad is None for value in agent.policy.parameters())
 
 
+@pytest.mark.parametrize("task, flags, alpha", [
+    ("lift", [], 10), ("scene", [], 10), ("cube-triple", [], 300), ("cube-triple", ["--alpha", "7"], 7)])
+def test_fqls_alpha_follows_the_scale_of_the_tasks_rewards(task, flags, alpha):
+    assert train_offline.parse(fql.Args, ["--task", task, "--preset", "cpu", *flags]).alpha == alpha
+
+
 def test_fql_weighs_its_three_losses_as_published(monkeypatch):
     agent, batch = make("qc-fql", alpha=7.0), toy_batch()
     kept = spy_gradients(monkeypatch, fql)
