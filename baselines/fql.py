@@ -14,9 +14,9 @@ Other than in the authors' code (github.com/seohongpark/fql, github.com/ColinQiy
 phase, the one-step policy is distilled from the cloned flow during POCO's critic warm-up, while the flow collects; mu
 starts as the flow's own single Euler step, z + v(s, z, 0); rewards are POCO's, whose values are far smaller than the
 authors' (r - 1 at every step) but on the cubes, and alpha is 10, on the cubes 300 (authors: 10 to 1000, cube-double
-300; with 0.5 the actor left the data and success on Lift fell from 35 to 8 % in 3,000 steps, with 10 that on
-cube-double from 59 to 32 in 5,000); chunks are cut at an episode's end and kept; SiLU (authors: GELU); a moving
-average acts with --policy-tau < 1.
+300; with 0.5 the actor left the data and success on Lift fell from 35 to 8 % in 3,000 steps, with 10 that of FQL on
+cube-double from 57 to 15, benchmarks/baselines/cube-double-fql-alpha-10); chunks are cut at an episode's end and kept;
+SiLU (authors: GELU); a moving average acts with --policy-tau < 1.
 
 Shapes: B batch, H chunk, A action, D observation.
 """

@@ -20,10 +20,9 @@ chain is not clipped before its end, and what it gives the environment is, so th
 
 What to expect: the authors collect 60,000 steps for each iteration on Lift, millions in all. On two sets of 3,000 steps
 of one cloned policy (Lift, seed 11, --noise-std 0.1) the policy's gradients had cosines from -0.2 to 0.1 with every V,
-lambda and flow step tried, as with random advantages; on two sets of 30,000 (seed 0, V explained 0.27), -0.08. So the
-15,000 steps of the cpu preset are too few to climb by, and its settings are careful: a first rollout moves the chain by
-0.15 nats. Its V is one layer of 64, which explained 0.14 to 0.35 of the variance of the other set's returns; 3x256
-explained -0.09 to 0.21, with LayerNorm below zero.
+lambda and flow step tried, as with random advantages. So the 15,000 steps of the cpu preset are too few to climb by,
+and its settings are careful: a first rollout moves the chain by 0.15 nats. Its V is one layer of 64, which explained
+0.14 to 0.35 of the variance of the other set's returns; 3x256 explained -0.09 to 0.21, with LayerNorm below zero.
 
 Shapes: B batch, T chunks of a rollout, E environments, K flow steps, H chunk, A action, D observation.
 """
