@@ -90,8 +90,12 @@ def parse(cls, argv=None):
 
 
 def preset_defaults(cls, task, preset, setting=SETTINGS[0]):
+    """The preset's values, except where a method declares an argument of the loop anew: its own default wins."""
     settings = {"setting": setting} | envs.settings(task, preset, setting)
-    fields = {field.name for field in dataclasses.fields(cls)}
+    inherited = {field.name for base in cls.__bases__ if dataclasses.is_dataclass(base)
+                 for field in dataclasses.fields(base)}
+    own = inherited & set(vars(cls).get("__annotations__", ()))
+    fields = {field.name for field in dataclasses.fields(cls)} - own
     return cls(task=task, **{name: value for name, value in settings.items() if name in fields})
 
 

@@ -35,7 +35,7 @@ class LoopArgs(OfflineArgs):
     """What every method of this loop needs."""
 
     setting: Literal["offline-to-online", "online"] = "offline-to-online"  # online (Table II): no stage I
-    checkpoint: str | None = None     # from stage I; default: that of runs/<task>-bc-s<seed>, trained if missing
+    checkpoint: str | None = None     # file or folder of stage I; default: runs/<task>-bc-s<seed>, trained if missing
     discount: float = 0.99            # gamma, per environment step
     heads: int = 2                    # critic heads
     pessimism: float = 0.0            # deviations over the heads taken off their mean; 2 heads, 1: the minimum

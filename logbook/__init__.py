@@ -126,7 +126,8 @@ def refuse_nonfinite(state, where, advice):
 
 
 def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint. Generator states belong on the CPU: load there, load_state_dict moves the rest."""
+    """A checkpoint, or a run folder's last.pt. Generator states belong on the CPU: load_state_dict moves the rest."""
+    path = Path(path) / "last.pt" if Path(path).is_dir() else path
     torch.empty(0, device=device)                     # a missing GPU is not the file's fault
     try:
         state = torch.load(path, map_location=device, weights_only=True)

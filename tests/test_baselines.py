@@ -17,7 +17,7 @@ import demos
 import envs
 import train_offline
 import train_online
-from baselines import dsrl, fql, qc, rlpd
+from baselines import dsrl, fql, ogpo, qc, rlpd
 from flow_policy import FlowPolicy
 from logbook import Clock, load_checkpoint, read_args
 from logbook.figure import read_run
@@ -258,6 +258,13 @@ def test_fql_distils_the_unclipped_chunk_to_the_flows_for_the_same_noise(monkeyp
     ("lift", [], 10), ("scene", [], 10), ("cube-triple", [], 300), ("cube-triple", ["--alpha", "7"], 7)])
 def test_fqls_alpha_follows_the_scale_of_the_tasks_rewards(task, flags, alpha):
     assert train_offline.parse(fql.Args, ["--task", task, "--preset", "cpu", *flags]).alpha == alpha
+
+
+@pytest.mark.parametrize("method, heads", [(qc, 5), (rlpd, 10), (ogpo, 10)])
+def test_a_methods_own_default_wins_over_the_preset(method, heads):
+    assert envs.TASKS["can"].cpu["heads"] == 5
+    assert train_offline.parse(method.Args, ["--task", "can", "--preset", "cpu"]).heads == heads
+    assert train_offline.parse(method.Args, ["--task", "can", "--preset", "cpu", "--heads", "3"]).heads == 3
 
 
 def test_fql_weighs_its_three_losses_as_published(monkeypatch):

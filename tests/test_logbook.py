@@ -175,7 +175,7 @@ def test_truncated_checkpoint_is_refused_by_name(tmp_path):
 def test_missing_and_foreign_files_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint .*none.pt"):
         load_checkpoint(tmp_path / "none.pt")
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match="there is no checkpoint .*last.pt"):      # of a run folder without one
         load_checkpoint(tmp_path)
     (tmp_path / "text.pt").write_text("step,success\n1,0.5\n")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "bare.pt")

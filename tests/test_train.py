@@ -40,8 +40,8 @@ def stage_one(demo_file, tmp_path_factory):
 
 
 def online(folder, demo_file, stage_one, *more):
-    train_online.main([*ONLINE, "--data", str(demo_file), "--checkpoint", str(stage_one / "last.pt"),
-                       "--run-dir", str(folder), *more])
+    train_online.main([*ONLINE, "--data", str(demo_file), "--checkpoint", str(stage_one), "--run-dir", str(folder),
+                       *more])
     return folder
 
 
