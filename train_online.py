@@ -45,7 +45,7 @@ class LoopArgs(OfflineArgs):
     reward_offset: float = 0.0        # added to every reward, demonstrations included (authors' code: -0.01)
     warmup_steps: int = 5000          # first steps with a frozen actor: only the critic learns
     online_steps: int = 500_000       # environment steps in total, warm-up included
-    updates_per_step: int = 1         # gradient updates per environment step
+    updates_per_step: float = 1.0     # gradient updates per environment step; 0.25: one every fourth step
     demo_share: float | None = None   # share of every batch from the demonstrations; None: uniform over all (paper)
     capacity: int = 1_000_000         # online transitions kept beside the demonstrations; the oldest go first
     eval_every: int = 10_000          # environment steps between evaluations
@@ -211,7 +211,9 @@ class Interaction:
 
     def batches(self):
         """What the agent learns from after this step."""
-        return (self.draw(self.replay, self.args.batch_size, self.batch_rng) for _ in range(self.args.updates_per_step))
+        ratio = self.args.updates_per_step
+        due = int(self.steps * ratio) - int((self.steps - 1) * ratio)
+        return (self.draw(self.replay, self.args.batch_size, self.batch_rng) for _ in range(due))
 
     def success(self):
         """Share of the last 20 episodes, None before the first has ended."""

@@ -15,6 +15,7 @@ import numpy as np
 
 EEF, QUAT, FINGERS = slice(0, 3), slice(3, 7), slice(7, 9)  # robomimic's order of the observation
 OPEN, CLOSED = -1.0, 1.0
+REACHING = ("hover", "descend")  # phases that turn the hand
 REACH, TWIST = 0.05, 0.5  # what an action of 1 asks of the controller: metres, radians
 
 
@@ -22,6 +23,12 @@ def x_axis(quaternion: np.ndarray) -> np.ndarray:
     """The body's x axis (3,) in the world; quaternion is (x, y, z, w)."""
     x, y, z, w = quaternion
     return np.array([1 - 2 * (y * y + z * z), 2 * (x * y + z * w), 2 * (x * z - y * w)])
+
+
+def tilt(quaternion: np.ndarray) -> np.ndarray:
+    """Sine of the angle by which the z axis must turn about the world's x and y axes (2,) to point straight down."""
+    x, y, z, w = quaternion
+    return np.array([2 * (x * w - y * z), 2 * (x * z + y * w)])
 
 
 def yaw(quaternion: np.ndarray) -> float:
@@ -50,12 +57,14 @@ class Grasper:
     MISS = 0.35  # probability that an attempt aims beside the object (the retry after it may miss again)
     MISS_OFFSET = (0.035, 0.06)  # how far beside
     MISS_HEIGHT = (0.0, 0.05)  # ... or just above
+    REACHED = 0.014  # distance to the grasp at which the descent ends
     CENTRE = 0.006  # standard deviation of the grasp's offset from its ideal point
     DEPTH = (-0.012, 0.008)  # height of the grasp above its ideal point
     TURN = (0.0, 1.0)  # share of the angle to the object that the hand corrects
     CLOSE_STEPS = (4, 10)  # steps given to the fingers
     PAUSE_STEPS = (0, 8)  # steps of hesitation before they close
     LIFT_SPEED = (0.4, 1.0)
+    LEVEL = 0.0  # share of its tilt that the hand takes back in a step while it reaches
     CARE = 1.0  # what each failed attempt leaves of MISS
     STEADY = {}  # phases in which the hand shakes less, with the share that is left
     SYMMETRY = np.pi / 2  # the object looks the same to the fingers after this turn
@@ -93,6 +102,8 @@ class Grasper:
         action = np.zeros(7)
         action[:3], action[6] = getattr(self, "_" + self.phase)()
         action[5] = self._twist()
+        if self.phase in REACHING:
+            action[3:5] = self.LEVEL * tilt(obs[QUAT]) / TWIST
         shake = self.STEADY.get(self.phase, 1.0)
         sway = shake * self.wobble * np.sin(self.wobble_rate * self.steps)
         action[:2] += sway * np.array([np.cos(self.wobble_angle), np.sin(self.wobble_angle)])
@@ -105,7 +116,7 @@ class Grasper:
 
     def _twist(self) -> float:
         """Turns the fingers to the object while reaching for it."""
-        if self.phase not in ("hover", "descend"):
+        if self.phase not in REACHING:
             return 0.0
         return self.turn * wrap(self.object_yaw - self.eef_yaw, self.SYMMETRY) / TWIST
 
@@ -123,7 +134,7 @@ class Grasper:
         error = target - self.eef
         if self.direct and np.linalg.norm(error[:2]) > 0.02:
             target = target + [0, 0, min(0.06, 1.5 * np.linalg.norm(error[:2]))]  # do not sweep the object away
-        if np.linalg.norm(error) < 0.014 or self.phase_steps > 60:
+        if np.linalg.norm(error) < self.REACHED or self.phase_steps > 60:
             self._enter("pause")
         return self._towards(target), OPEN
 

@@ -23,11 +23,14 @@ class SquareDemonstrator(Carrier):
     TURN = (0.8, 1.0)
     SYMMETRY = np.pi  # of the handle
     CLOSE_STEPS = (9, 16)  # the handle is thin; some rise too early all the same
-    MISS = 0.1
+    MISS = 0.05
+    LEVEL = 0.5
+    REACHED = 0.007
+    DIRECT = 0.15
     HEIGHT = (1.0, 1.06)
     AIM = 0.002
     ARRIVED = 0.006
-    SLIP = 0.1  # probability that the nut is set down beside the peg, on its edge, before another try
+    SLIP = 0.05  # probability that the nut is set down beside the peg, on its edge, before another try
     SLIP_OFFSET = (0.012, 0.025)
     STEADY = {"descend": 0.6, "carry": 0.6, "lower": 0.4}
     FALL = 0.4  # share of episodes that let the threaded nut fall
@@ -50,6 +53,10 @@ class SquareDemonstrator(Carrier):
 
     def _grasp_point(self) -> np.ndarray:
         return self.object + HANDLE * self.object_axis
+
+    def _close(self):
+        """Holds its place: the handle is thin."""
+        return self._towards(self._grasp_point() + self.offset), super()._close()[1]
 
     def _lost(self) -> bool:
         """Slipped, or held by its ring: then the fingers are where the peg must go."""

@@ -140,6 +140,15 @@ def test_guidance_zero_is_behaviour_cloning_and_samples_no_candidate(demo_file, 
     assert rows(folder / "progress.csv")[-1]["surrogate"] == ""
 
 
+@pytest.mark.parametrize("ratio, updates", [("0.3", [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]), ("1.5", [1, 3, 4, 6, 7, 9])])
+def test_updates_keep_to_the_steps_when_their_ratio_is_no_whole_number(ratio, updates, demo_file, stage_one, tmp_path):
+    """Before and after a resumption too."""
+    flags = ["--updates-per-step", ratio, "--log-every", "1", "--warmup-steps", "2"]
+    online(tmp_path / "run", demo_file, stage_one, *flags, "--online-steps", "4")
+    train_online.main(["--resume", str(tmp_path / "run"), "--online-steps", str(len(updates))])
+    assert [int(row["updates"]) for row in rows(tmp_path / "run/progress.csv")] == updates
+
+
 def test_the_actor_is_frozen_during_warm_up(demo_file, stage_one, tmp_path):
     folder = online(tmp_path / "run", demo_file, stage_one, "--online-steps", "12", "--warmup-steps", "12")
     before, after = load_checkpoint(stage_one / "last.pt")["policy"], load_checkpoint(folder / "last.pt")["agent"]
