@@ -6,6 +6,8 @@ import pytest
 
 import demos
 import envs
+from demos import motion
+from demos.square import HANDLE
 
 h5py = pytest.importorskip("h5py")
 pytestmark = pytest.mark.sim
@@ -116,6 +118,27 @@ def test_the_other_experts_succeed_unevenly(task):
     lengths = [len(episode["action"]) for episode in episodes if episode["success"][-1]]
     assert len(lengths) >= 4 and max(lengths) > 1.2 * min(lengths)
     assert all(np.abs(episode["action"]).max() <= 1.0 for episode in episodes)
+
+
+def test_tilt_is_the_turn_that_points_the_hand_straight_down():
+    from scipy.spatial.transform import Rotation
+
+    for hand in Rotation.random(50, random_state=0):
+        axis = hand.apply([0, 0, 1])
+        turn = np.append(motion.tilt(hand.as_quat()), 0.0)
+        assert np.allclose(turn, np.cross(axis, [0, 0, -1]))
+        turned = Rotation.from_rotvec(0.1 * turn) * hand
+        assert turned.apply([0, 0, 1])[2] < axis[2]
+
+
+def test_squares_expert_lifts_the_nut_by_its_handle_with_a_level_hand():
+    """The first hand is tilted by 7 to 10 degrees, and shakes; what is cloned would tilt further."""
+    for attempt in range(3):
+        obs = demos._attempt((envs.get_task("square"), 31, attempt))["obs"][20:]     # the nut has settled
+        lifted = obs[np.flatnonzero(obs[:, 18] > obs[0, 18] + 0.02)[0]]
+        handle = lifted[16:19] + HANDLE * motion.x_axis(lifted[19:23])
+        assert np.linalg.norm((lifted[:3] - handle)[:2]) < 0.012
+        assert np.linalg.norm(motion.tilt(lifted[3:7])) < 0.06
 
 
 @pytest.mark.parametrize("task", ["lift", "can", "square"])
