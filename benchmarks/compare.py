@@ -182,9 +182,10 @@ def summary(rows, method, acting):
     dips = (success[:, :1] - success).max(1)
     reached = [steps[np.argmax(one >= 0.9)] for one in success if (one >= 0.9).any()]
     to_90 = f"{np.mean(reached):,.0f}" if len(reached) == len(success) else f"{len(reached)} of {len(success)} seeds"
+    band = f"{100 * low:.0f}-{100 * high:.0f}" if len(success) > 1 else ""            # of one seed there is none
     return [method, acting, str(len(success)), f"{100 * success[:, 0].mean():.0f}",
             f"{100 * np.mean(area / steps[-1]):.1f}", f"{100 * success[:, -1].mean():.0f}",
-            f"{100 * low:.0f}-{100 * high:.0f}", f"{100 * dips.max():.0f}", to_90, f"{seconds[-1]:.0f}"]
+            band, f"{100 * dips.max():.0f}", to_90 if reached else "none", f"{seconds[-1]:.0f}"]
 
 
 HEADER = ("method", "acting", "seeds", "start %", "mean over the run %", "end %", "95 % bootstrap", "worst dip",
@@ -216,7 +217,8 @@ def figure(rows, methods, title, path, time):
         axes.fill_between(x, *(100 * interval(success)), color=color, alpha=0.15, linewidth=0)
     counts = sorted({len({row["seed"] for row in rows if row["method"] == method}) for method in methods})
     seeds = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
-    axes.set(title=f"{title}: mean of {seeds} seeds, 95 % bootstrap interval", ylabel="success (%)", ylim=(-3, 103),
+    shown = "one seed" if counts == [1] else f"mean of {seeds} seeds, 95 % bootstrap interval"
+    axes.set(title=f"{title}: {shown}", ylabel="success (%)", ylim=(-3, 103),
              xlabel="minutes of stage II, evaluation not counted" if time else "environment steps")
     if not time:
         axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")

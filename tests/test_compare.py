@@ -45,6 +45,8 @@ def test_the_table_holds_area_end_dip_and_steps_to_90_percent():
     assert (method, acting, seeds, start, end, dip, total) == ("qc", "best", "2", "38", "88", "25", "2")
     assert area == f"{100 * np.mean([0.5, 0.5]):.1f}" and band == "75-100" and to_90 == "1 of 2 seeds"
     assert "| qc | best | 2 |" in compare.table(rows, ["qc"])
+    one = compare.summary([row for row in rows if row["seed"] == 0], "qc", "best")
+    assert one[5:9] == ["75", "", "0", "none"]                               # no interval over one seed
 
 
 def test_the_bootstrap_interval_is_over_seeds():
