@@ -92,9 +92,7 @@ def parse(cls, argv=None):
 def preset_defaults(cls, task, preset, setting=SETTINGS[0]):
     """The preset's values, except where a method declares an argument of the loop anew: its own default wins."""
     settings = {"setting": setting} | envs.settings(task, preset, setting)
-    inherited = {field.name for base in cls.__bases__ if dataclasses.is_dataclass(base)
-                 for field in dataclasses.fields(base)}
-    own = inherited & set(vars(cls).get("__annotations__", ()))
+    own = {name for name in vars(cls).get("__annotations__", ()) if any(hasattr(base, name) for base in cls.__bases__)}
     fields = {field.name for field in dataclasses.fields(cls)} - own
     return cls(task=task, **{name: value for name, value in settings.items() if name in fields})
 
