@@ -12,6 +12,7 @@ Not here: reinforcement learning (train_online.py), how demonstrations are made 
 import argparse
 import ctypes
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,8 @@ def validate(args):
                         ("rollouts", 0)):
         if not getattr(args, name, 1.0) >= least:
             raise UserError(f"--{name} must be at least {least:g}, got {getattr(args, name)}")
+    if getattr(args, "updates_per_step", 1) == math.inf:
+        raise UserError("--updates-per-step must be a finite number, got inf")
     if getattr(args, "ray", None) and not args.rollouts:
         raise UserError("--ray needs the number of its workers: --rollouts N")
     share = getattr(args, "demo_share", None)

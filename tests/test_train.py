@@ -262,6 +262,7 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
         "a run is there": ([*start, "--run-dir", str(uninterrupted)], "--overwrite"),
         "unwritable folder": ([*start, "--run-dir", str(tmp_path / "file" / "run")], "file"),
         "temperature 0": ([*start, "--temperature", "0", "--warmup-steps", "0"], "temperature"),
+        "endless updates": ([*start, "--updates-per-step", "inf"], "--updates-per-step must be a finite number"),
         "more than a whole batch": ([*start, "--demo-share", "1.5"], "--demo-share is between 0 and 1"),
     }
 
@@ -269,7 +270,7 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
 @pytest.mark.parametrize("name", [
     "unknown task", "no such demonstrations", "truncated demonstrations", "foreign demonstrations",
     "no such checkpoint", "another version", "other networks", "another task", "resume nothing", "a run is there",
-    "unwritable folder", "temperature 0", "more than a whole batch"])
+    "unwritable folder", "temperature 0", "endless updates", "more than a whole batch"])
 def test_a_mistake_gets_one_clear_sentence(name, demo_file, stage_one, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv, named = bad_commands(demo_file, stage_one, uninterrupted, tmp_path)[name]
