@@ -1,4 +1,5 @@
 """The environments: seeding, exact replay, the queue of pending actions, episode ends, evaluation."""
+import copy
 import os
 import signal
 import subprocess
@@ -172,19 +173,50 @@ def test_fresh_process_agrees_bitwise(env, tmp_path):
     assert np.array_equal(np.load(path), roll(env, 4, random_actions(40)))
 
 
-def test_observation_is_the_simulators_own(env):
-    """Skipping robosuite's sensor polling must not change a bit of what it would have returned."""
-    actions = random_actions(30)
-    fast = roll(env, 2, actions)
-    plain = envs.make_env("lift")
-    simulator = plain.simulator
-    del simulator._update_observables  # back to the class's method
-    for observable in simulator._observables.values():
-        observable.set_enabled(True)
-    first = plain.reset(seed=2)[0]
-    slow = [first] + [plain._observation(simulator.step(action.astype(np.float64))[0]) for action in actions]
-    assert np.array_equal(fast, np.array(slow))
-    plain.close()
+class OwnRobosuite(envs.RobosuiteEnv):
+    """robosuite as it comes: every sensor at every physics step, every controller's own way to the state."""
+
+    def _read_sensors_once_per_step(self):
+        pass
+
+    def _read_arm_directly(self):
+        pass
+
+
+@pytest.mark.parametrize("task", ["lift", "can", "square"])
+def test_trajectories_are_the_simulators_own(task):
+    """Neither skipping sensors nor reading the arm directly may change a bit, in the air or pressed on the table."""
+    fast, plain = envs.make_env(task), OwnRobosuite(envs.TASKS[task])
+    exact = slice(None) if task == "lift" else [*range(9), *range(16, 23)]  # 9-15: see _read_sensors_once_per_step
+    air = np.random.default_rng(0).uniform(-1, 1, (20, 7))
+    down = np.concatenate([np.tile([0.0, 0, -1, 0, 0, 0, -1], (25, 1)), air * [1, 1, 0.2, 1, 1, 1, 1]])
+    for seed, actions in (0, air), (1, down), (0, down):
+        ours, own = fast.reset(seed=seed)[0], plain.reset(seed=seed)[0]
+        for action in actions:
+            assert np.array_equal(ours[exact], own[exact])
+            ours, own = fast.step(action)[0], plain.step(action)[0]
+            for name in ("qpos", "qvel", "ctrl", "qfrc_constraint"):
+                assert np.array_equal(*(getattr(one.simulator.sim.data, name) for one in (fast, plain)))
+        assert np.array_equal(ours[exact], own[exact]) and np.abs(ours - own).max() < 0.01
+    assert plain.simulator.sim.data.ncon > 0 and "_pre_action" not in vars(plain.simulator)
+    assert "_pre_action" in vars(fast.simulator)  # it was the fast way
+    fast.close(), plain.close()
+
+
+OTHER_CONTROLLERS = [({"lite_physics": False}, False), ({"kp": 80, "input_ref_frame": "base"}, True)]
+
+
+@pytest.mark.parametrize("controller, fast", OTHER_CONTROLLERS)
+def test_a_files_other_controller_is_followed(env, controller, fast):
+    """A recorded controller of another kind is left to robosuite; with other gains the trajectory is its own."""
+    args = copy.deepcopy(env.env_args)
+    args["env_kwargs"]["controller_configs"]["body_parts"]["right"] |= controller
+    args["env_kwargs"] |= {"lite_physics": controller.get("lite_physics", True)}
+    ours, plain = envs.make_env("lift", env_args=args), OwnRobosuite(envs.TASKS["lift"], env_args=args)
+    actions = random_actions(15)
+    assert np.array_equal(roll(ours, 3, actions), roll(plain, 3, actions))
+    assert ("_pre_action" in vars(ours.simulator)) is fast
+    ours.close(), plain.close()
 
 
 def test_env_args_of_a_file_rebuild_the_same_world(env):

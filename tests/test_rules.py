@@ -173,12 +173,12 @@ def test_nothing_else_lives_at_the_top_level():
 
 @pytest.mark.parametrize("path", ALL, ids=identifier)
 def test_files_are_short_plain_and_narrow(path):
-    """ASCII, at most 400 lines (550: tests, environments, arm and VLA), the method files at most 120 columns."""
+    """ASCII, at most 400 lines (550: tests, arm and VLA, 600: environments), the method files at most 120 columns."""
     text = path.read_bytes()
     assert text.isascii() and b"\t" not in text and b"\r" not in text
     lines = text.decode().splitlines()
-    longer = path.parent.name == "tests" or path.name in ("envs.py", "robot.py", "vla_head.py")
-    assert len(lines) <= (550 if longer else 400)
+    longer = path.parent.name == "tests" or path.name in ("robot.py", "vla_head.py")
+    assert len(lines) <= (600 if path.name == "envs.py" else 550 if longer else 400)
     assert module(path) not in METHOD or not [i for i, line in enumerate(lines, 1) if len(line) > 120]
 
 
