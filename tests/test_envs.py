@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import envs
+from benchmarks.speed import PlainRobosuite
 
 pytestmark = pytest.mark.sim
 ROOT = Path(envs.__file__).parent
@@ -173,20 +174,10 @@ def test_fresh_process_agrees_bitwise(env, tmp_path):
     assert np.array_equal(np.load(path), roll(env, 4, random_actions(40)))
 
 
-class OwnRobosuite(envs.RobosuiteEnv):
-    """robosuite as it comes: every sensor at every physics step, every controller's own way to the state."""
-
-    def _read_sensors_once_per_step(self):
-        pass
-
-    def _read_arm_directly(self):
-        pass
-
-
 @pytest.mark.parametrize("task", ["lift", "can", "square"])
 def test_trajectories_are_the_simulators_own(task):
     """Neither skipping sensors nor reading the arm directly may change a bit, in the air or pressed on the table."""
-    fast, plain = envs.make_env(task), OwnRobosuite(envs.TASKS[task])
+    fast, plain = envs.make_env(task), PlainRobosuite(envs.TASKS[task])
     exact = slice(None) if task == "lift" else [*range(9), *range(16, 23)]  # 9-15: see _read_sensors_once_per_step
     air = np.random.default_rng(0).uniform(-1, 1, (20, 7))
     down = np.concatenate([np.tile([0.0, 0, -1, 0, 0, 0, -1], (25, 1)), air * [1, 1, 0.2, 1, 1, 1, 1]])
@@ -212,7 +203,7 @@ def test_a_files_other_controller_is_followed(env, controller, fast):
     args = copy.deepcopy(env.env_args)
     args["env_kwargs"]["controller_configs"]["body_parts"]["right"] |= controller
     args["env_kwargs"] |= {"lite_physics": controller.get("lite_physics", True)}
-    ours, plain = envs.make_env("lift", env_args=args), OwnRobosuite(envs.TASKS["lift"], env_args=args)
+    ours, plain = envs.make_env("lift", env_args=args), PlainRobosuite(envs.TASKS["lift"], env_args=args)
     actions = random_actions(15)
     assert np.array_equal(roll(ours, 3, actions), roll(plain, 3, actions))
     assert ("_pre_action" in vars(ours.simulator)) is fast
