@@ -108,7 +108,8 @@ TASKS: dict[str, Task] = {task.name: task for task in (
                     pretrain_steps=100_000, clip=0.3),
     _robosuite_task("square", "NutAssemblySquare", 14, 400, "a Panda arm puts a nut on its peg", _HARD | dict(
         episode_limit=250, demo_episodes=200, pretrain_steps=60_000, learning_rate=1e-3, updates_per_step=0.25,
-        demo_share=0.5, warmup_steps=10_000, online_steps=50_000, eval_every=12_500), **_BINARY | {"clip": 0.08}),
+        online_learning_rate=1e-3, demo_share=0.5, warmup_steps=10_000, online_steps=50_000, eval_every=12_500),
+        **_BINARY | {"clip": 0.08}),
     _ogbench_task("scene", 40, 750, "a UR5e arm opens a drawer and a window, everything else stays as it is",
                   Goal(((0.35, 0.05, 0.02),), (1, 1), (-0.16, 0.2)), _BINARY, _CPU | dict(episode_limit=200)),
     _ogbench_task("puzzle-3x3", 55, 500, "a UR5e arm solves Lights Out in two presses",
