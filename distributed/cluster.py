@@ -130,7 +130,7 @@ class Feed:
     def _follow(self):
         try:
             while True:
-                time.sleep(0.02)
+                time.sleep(0.1)                # as often as weights are published; more costs the learner its speed
                 self._fetch()
         except Exception as error:             # whatever it is, the worker must not go on with old weights for ever
             self.error = error
