@@ -26,6 +26,7 @@ from logbook import UserError
 from . import play
 
 TIMEOUT = 60.0                                 # seconds for any one call
+REFRESH = 0.1                                  # seconds between two sets of weights, published or asked for
 STORE = 256 << 20                              # bytes of shared memory of a Ray started here
 
 
@@ -130,7 +131,7 @@ class Feed:
     def _follow(self):
         try:
             while True:
-                time.sleep(0.1)                # as often as weights are published; more costs the learner its speed
+                time.sleep(REFRESH)            # asking more often only costs the learner its speed
                 self._fetch()
         except Exception as error:             # whatever it is, the worker must not go on with old weights for ever
             self.error = error
@@ -184,9 +185,9 @@ class Actors:
         self.futures[slot] = self.workers[slot].run.remote(self.hub, slot, job)
 
     def publish(self, vector):
-        """The counts at once; weights at most ten times a second, so that large ones do not fill the network."""
+        """The counts at once; weights once in REFRESH seconds, so that large ones do not fill the network."""
         weights, now = None, time.monotonic()
-        if now - self.since > 0.1:
+        if now - self.since > REFRESH:
             weights, self.since, self.version = [self.ray.put(vector.numpy())], now, self.version + 1
         self.hub.publish.remote(self.version, weights, list(self.taken))
 
