@@ -9,6 +9,7 @@ Not here: what the values do (robot.py: arm and episodes; learner.py: stages I a
 """
 import argparse
 import importlib
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -32,6 +33,11 @@ PRESETS = {"paper": {}, "cpu": dict(                                       # our
     temperature=0.01, clip=0.6, policy_tau=0.005, episode_limit=100, channels=64, blocks=2)}
 VLA_CPU = dict(horizon=5, batch_size=32, learning_rate=1e-3, online_learning_rate=1e-3, critic_learning_rate=1e-3,
                pretrain_steps=1500, warmup_updates=1000, updates_per_step=0.5, capacity=5000)   # as in vla_head.py
+
+POSITIVE = ("episode_limit", "horizon", "max_step", "max_turn", "max_joint_speed", "leash", "cone", "hidden", "layers",
+            "heads", "flow_steps", "batch_size", "learning_rate", "online_learning_rate", "critic_learning_rate",
+            "updates_per_step", "num_candidates", "temperature", "discount", "tau", "policy_tau", "capacity",
+            "save_every")
 
 
 @dataclass
@@ -122,9 +128,9 @@ def parse(argv, description):
         small = VLA_CPU if preset == "cpu" and TASKS[task] is VLA else {}
         default = Args(task=task, preset=preset, **TASKS[task] | PRESETS[preset] | small)
     args = tyro.cli(Args, args=argv, default=default, description=description)
-    for name in ("episode_limit", "horizon", "max_step", "max_turn", "max_joint_speed", "leash", "cone", "batch_size"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
+    for name in POSITIVE:
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a number greater than 0, got {getattr(args, name)}")
     if not args.realtime and args.robot != "sim":
         raise UserError(f"--no-realtime is for the simulated arm: {args.robot} cannot wait for the learner")
     if args.backbone is not None and args.observe == "state":

@@ -25,6 +25,13 @@ TOY = ("--preset cpu --task insert-usb --hidden 32 --layers 2 --flow-steps 2 --b
 ASIDE = "--box-center 36 3 -2 --box-size 8 8 8".split()                     # cm; the tool starts at 30, 0, 1
 
 
+@pytest.mark.parametrize("flags", ("--updates-per-step inf", "--updates-per-step nan", "--heads 0", "--leash -1",
+                                   "--learning-rate 0"))
+def test_settings_that_could_only_fail_later_are_refused(flags):
+    with pytest.raises(UserError, match=f"{flags.split()[0]} must be a number greater than 0, got {flags.split()[1]}"):
+        parse(["train", *TOY, *flags.split()], "")
+
+
 # ---- a start outside the box
 
 def rig(*flags, shift=0.0):
