@@ -9,7 +9,7 @@
 
 `--robot package.module:Class` drives any LeRobot robot that speaks of joint_1.pos .. joint_6.pos (see Arm). Every
 command passes the Guard; the learner has a process of its own, so that the 15 Hz loop never waits for it. Before the
-first motion read README, "A real arm": a hardware emergency stop is mandatory, position control has no compliance.
+first motion read arms/README.md: a hardware emergency stop is mandatory, position control has no compliance.
 Writes runs/<task>-robot-s<seed>/: args.json, progress.csv, eval.csv, episodes/*.hdf5, last.pt, curve.png.
 Not here: drivers and kinematics (arms/), keys (arms/keypad.py), files of episodes (arms/episodes.py), stages I and II
 themselves (arms/learner.py), the head on a backbone (vla_head.py), compliance, force sensing, learnt rewards.
