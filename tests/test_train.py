@@ -1,4 +1,5 @@
 """The two training scripts, end to end at toy size: real simulator, real files, exact resume, clear refusals."""
+import contextlib
 import csv
 import json
 import os
@@ -11,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import demos
+import poco
 import train_offline
 import train_online
 from logbook import Clock, UserError, load_checkpoint
-from replay import Batch
+from replay import Batch, ChunkReplay
 
 ROOT = Path(__file__).parent.parent
 TOY = ("--preset cpu --hidden 32 --layers 2 --batch-size 16 --flow-steps 2 --episode-limit 25 --workers 1 --device cpu "
@@ -207,6 +211,28 @@ def test_pessimism_counts_in_the_target_the_weights_and_the_acting():
     agent.value = lambda obs, chunks: torch.full(chunks.shape[:2], 2.0)
     stats = agent.update(batch, warmup=False)
     assert abs(stats["target"] - 1.8) < 1e-6 and stats["q_mean"] == 2.0
+
+
+def test_a_batch_and_its_update_stay_on_the_training_device(monkeypatch):
+    """Nothing crosses over to the host but the one look at Q. torch's meta device stands for an accelerator: it computes
+    no values, so what asks for one fails. Not seen by it, and replaced: the look at Q, autocast and the fused Adam."""
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            assert all(x.device.type == "meta" for x in tensors), operator
+            return operator(*args, **kwargs or {})
+
+    monkeypatch.setattr(poco, "_checked", lambda temperature, q: temperature)
+    monkeypatch.setattr(train_online, "autocast", lambda args, device: contextlib.nullcontext())
+    monkeypatch.setattr(train_online, "adam", lambda parameters, args: torch.optim.SGD(parameters, 0.1))
+    args = train_offline.preset_defaults(train_online.Args, "square", "cpu")
+    agent = train_online.POCO(args, train_offline.make_policy(args, torch.device("meta")), Clock())
+    replay = ChunkReplay(100, len(agent.policy.obs_mean), 7, args.horizon, args.discount, "meta", args.demo_share)
+    replay.demos, replay.online = 40, 60
+    report = train_online.Report(args, None, Clock())
+    with Watched():
+        report.add(agent.update(replay.sample(args.batch_size), warmup=False))
+    assert {total.device.type for total, _ in report.sums.values()} == {"meta"} and set(report.sums) == set(agent.stats)
 
 
 def test_the_paper_preset_is_tables_2_and_3():
