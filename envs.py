@@ -371,6 +371,14 @@ class OGBenchEnv(SimulatorEnv):
     def _draw(self):
         return self.simulator.render()
 
+    def close(self):
+        renderer, self.simulator._renderer = self.simulator._renderer, None
+        if renderer is not None:  # OGBench leaves it to the interpreter's end, when OpenGL has gone: two tracebacks
+            renderer._gl_context.make_current()
+            renderer._mjr_context.free()  # its own buffers; once its OpenGL context is freed it would take another's
+            renderer.close()
+        super().close()
+
 
 SUITES: dict[str, Callable[..., gymnasium.Env]] = {"robosuite": RobosuiteEnv, "ogbench": OGBenchEnv}
 

@@ -491,3 +491,18 @@ def test_rendering_works_also_where_mujoco_was_imported_without_opengl(before):
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environ)
     assert (done.stdout, done.stderr) == ("(512, 512, 3) True\n", ""), done.stderr
+
+
+@pytest.mark.skipif(not (find_library("EGL") or find_library("OSMesa")), reason="no OpenGL here")
+def test_a_video_is_written_and_the_program_ends_in_silence(tmp_path):
+    """A renderer that is left to the interpreter's end fails there, in two tracebacks."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    code = f"import numpy as np, envs; path = {str(tmp_path / 'video.mp4')!r}\n"
+    code += "envs.record(lambda obs, rng: np.zeros((5, 5)), 'cube-double', path, episode_limit=3)"
+    root, environ = Path(envs.__file__).parent, {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environ)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "video.mp4").stat().st_size > 1000
