@@ -214,8 +214,8 @@ def test_pessimism_counts_in_the_target_the_weights_and_the_acting():
 
 
 def test_a_batch_and_its_update_stay_on_the_training_device(monkeypatch):
-    """Nothing crosses over to the host but the one look at Q. torch's meta device stands for an accelerator: it computes
-    no values, so what asks for one fails. Not seen by it, and replaced: the look at Q, autocast and the fused Adam."""
+    """Nothing crosses over to the host but the one look at Q. torch's meta device stands for an accelerator: it has no
+    values, so what asks for one fails. Replaced, because it has no such thing: the look at Q, autocast, fused Adam."""
     class Watched(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
