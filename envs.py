@@ -28,6 +28,7 @@ from typing import Any, Callable, NamedTuple
 
 import gymnasium
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 ROBOMIMIC_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
 
@@ -219,6 +220,9 @@ def _import(module: str, render: bool):
         os.environ["MUJOCO_GL"] = chosen  # robosuite overwrites it with egl, which worker processes would inherit
     if render and not hasattr(opengl := importlib.import_module("mujoco.gl_context"), "GLContext"):
         importlib.reload(opengl)  # it was imported when nothing was to be drawn
+    # numpy's BLAS, not torch's: to solve for 6 joints it would wake every core, 2 ms where they are busy, and round
+    # differently from one machine to another.
+    threadpool_limits(1, "blas")
     return simulator
 
 
@@ -372,11 +376,8 @@ class OGBenchEnv(SimulatorEnv):
         return self.simulator.render()
 
     def close(self):
-        renderer, self.simulator._renderer = self.simulator._renderer, None
-        if renderer is not None:  # OGBench leaves it to the interpreter's end, when OpenGL has gone: two tracebacks
-            renderer._gl_context.make_current()
-            renderer._mjr_context.free()  # its own buffers; once its OpenGL context is freed it would take another's
-            renderer.close()
+        if self.simulator._renderer is not None:  # OGBench leaves it to the interpreter's end, when OpenGL has gone
+            self.simulator._renderer.close()
         super().close()
 
 

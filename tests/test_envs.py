@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import envs
 from benchmarks.speed import PlainRobosuite
@@ -435,3 +437,13 @@ def test_interval_is_wilsons():
 def test_evaluation_of_no_episode_is_refused():
     with pytest.raises(ValueError, match="at least one episode"):
         envs.evaluate(RandomPolicy(), "lift", 0, seed=0)
+
+
+def test_a_simulator_leaves_blas_one_thread_and_torch_its_own():
+    """numpy's and scipy's: for a 6 by 6 system a second thread only waits, and rounds differently."""
+    before = torch.get_num_threads()
+    with threadpool_limits(2, "blas"):
+        assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {2}
+        envs.make_env("lift").close()
+        assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
+    assert torch.get_num_threads() == before
