@@ -443,7 +443,7 @@ def test_a_simulator_leaves_blas_one_thread_and_torch_its_own():
     """numpy's and scipy's: for a 6 by 6 system a second thread only waits, and rounds differently."""
     before = torch.get_num_threads()
     with threadpool_limits(2, "blas"):
-        assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {2}
+        assert any(pool["num_threads"] == 2 for pool in threadpool_info() if pool["user_api"] == "blas")
         envs.make_env("lift").close()
         assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
     assert torch.get_num_threads() == before
