@@ -220,7 +220,7 @@ def _import(module: str, render: bool):
         os.environ["MUJOCO_GL"] = chosen  # robosuite overwrites it with egl, which worker processes would inherit
     if render and not hasattr(opengl := importlib.import_module("mujoco.gl_context"), "GLContext"):
         importlib.reload(opengl)  # it was imported when nothing was to be drawn
-    # numpy's BLAS, not torch's: to solve for 6 joints it would wake every core, 2 ms where they are busy, and round
+    # numpy's BLAS, not torch's: to solve for 6 joints it would wake every core, slow where they are busy, and round
     # differently from one machine to another.
     threadpool_limits(1, "blas")
     return simulator

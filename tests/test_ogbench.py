@@ -1,7 +1,10 @@
 """OGBench: the four tasks, the one reward rule, play data, and files that must be refused."""
 import os
 import pickle
+import subprocess
+import sys
 from ctypes.util import find_library
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -476,33 +479,29 @@ def test_out_of_sight_is_ogbenchs_rule():
         assert not ogbench._in_sight(np.array([*inside, [0.4, y, z]]))
 
 
+def _draws(code):
+    """What a program of its own prints, and what it complains about until its very end."""
+    root, environ = Path(envs.__file__).parent, {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environ)
+    return done.returncode, done.stdout, done.stderr
+
+
 @pytest.mark.skipif(not (find_library("EGL") or find_library("OSMesa")), reason="no OpenGL here")
 @pytest.mark.parametrize("before", ["", "envs.make_env('cube-double', 0).reset();"])
 def test_rendering_works_also_where_mujoco_was_imported_without_opengl(before):
-    import subprocess
-    import sys
-    from pathlib import Path
-
     code = (
         f"import envs; {before} env = envs.make_env('cube-double', 0, 'rgb_array');"
         "env.reset(); frame = env.render(); print(frame.shape, frame.std() > 10)"
     )
-    root, environ = Path(envs.__file__).parent, {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environ)
-    assert (done.stdout, done.stderr) == ("(512, 512, 3) True\n", ""), done.stderr
+    _, printed, complaints = _draws(code)
+    assert (printed, complaints) == ("(512, 512, 3) True\n", ""), complaints
 
 
 @pytest.mark.skipif(not (find_library("EGL") or find_library("OSMesa")), reason="no OpenGL here")
 def test_a_video_is_written_and_the_program_ends_in_silence(tmp_path):
     """A renderer that is left to the interpreter's end fails there, in two tracebacks."""
-    import subprocess
-    import sys
-    from pathlib import Path
-
     code = f"import numpy as np, envs; path = {str(tmp_path / 'video.mp4')!r}\n"
     code += "envs.record(lambda obs, rng: np.zeros((5, 5)), 'cube-double', path, episode_limit=3)"
-    root, environ = Path(envs.__file__).parent, {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environ)
-    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "video.mp4").stat().st_size > 1000
+    returned, _, complaints = _draws(code)
+    assert (returned, complaints) == (0, "") and (tmp_path / "video.mp4").stat().st_size > 1000
