@@ -26,7 +26,8 @@ import demos
 import envs
 from chunk_critic import aggregate
 from flow_policy import FlowPolicy
-from logbook import Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint, read_args
+from logbook import (Clock, Interrupt, Logbook, Progress, UserError, cli, curve, fitting, load_checkpoint, read_args,
+                     refuse_nonfinite)
 from poco import posterior_weights
 from replay import ChunkReplay
 
@@ -74,7 +75,7 @@ def parse(cls, argv=None):
         first.add_argument(name, default=default)
     known, _ = first.parse_known_args(argv)
     if known.resume or known.eval:
-        stored = read_args(known.resume or known.eval)
+        stored = read_args(known.resume or known.eval) | {"overwrite": False}
         fields = {field.name for field in dataclasses.fields(cls)}
         defaults = cls(**{name: value for name, value in stored.items() if name in fields})
         if known.task not in (None, defaults.task):
@@ -106,7 +107,7 @@ def resolve_preset(preset):
     return "cpu", "no GPU found"
 
 
-POSITIVE = ("horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate", "episode_limit",
+POSITIVE = ("horizon", "online_steps", "hidden", "layers", "flow_steps", "batch_size", "learning_rate", "episode_limit",
             "demo_episodes", "eval_episodes", "workers", "num_candidates", "heads", "discount", "tau", "policy_tau",
             "online_learning_rate", "capacity", "updates_per_step", "log_every", "save_every", "eval_every",
             "final_episodes", "num_envs", "rollout_chunks", "epochs", "policy_learning_rate", "ratio_clip", "target_kl",
@@ -119,11 +120,13 @@ def validate(args):
         if not getattr(args, name, 1) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
     for name, least in (("temperature", 1e-6), ("clip", 0.0), ("guidance", 0.0), ("pessimism", 0.0),
-                        ("rollouts", 0)):
+                        ("rollouts", 0), ("threads", 0), ("seed", 0), ("pretrain_steps", 0), ("warmup_steps", 0)):
         if not getattr(args, name, 1.0) >= least:
-            raise UserError(f"--{name} must be at least {least:g}, got {getattr(args, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least:g}, got {getattr(args, name)}")
     if getattr(args, "updates_per_step", 1) == math.inf:
         raise UserError("--updates-per-step must be a finite number, got inf")
+    if getattr(args, "checkpoint", None) and args.setting == "online":
+        raise UserError("--setting online begins with an untrained policy: leave out --checkpoint")
     if getattr(args, "ray", None) and not args.rollouts:
         raise UserError("--ray needs the number of its workers: --rollouts N")
     share = getattr(args, "demo_share", None)
@@ -147,7 +150,12 @@ def setup(args):
     validate(args)
     preset, why = resolve_preset(args.preset)
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(best if args.device == "auto" else args.device)
+    try:
+        device = torch.device(best if args.device == "auto" else args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}); "
+                        f"--device auto takes {best}") from error
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.precision == "auto":
@@ -200,7 +208,10 @@ def demonstrations(args):
     try:
         path = demos.obtain(args.task, args.preset, args.data, args.demo_episodes, args.seed, args.workers)
         args.data = str(path)
-        return demos.load(path, args.task, args.demo_episodes)
+        data, world = demos.load(path, args.task, args.demo_episodes), environment(args)
+        if world["env_args"]:
+            envs.make_env(args.task, **world).close()        # refuses another simulator's file now, not after stage I
+        return data
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UserError(str(error)) from error
 
@@ -209,7 +220,7 @@ def environment(args):
     """Arguments of make_env and Evaluator: with the simulator's settings of a file that was not made here."""
     own = args.data is None or Path(args.data) == demos.made(args.task, args.demo_episodes, args.seed)
     try:
-        return {"episode_limit": args.episode_limit, "env_args": None if own else demos.env_args(args.data)}
+        return {"episode_limit": args.episode_limit, "env_args": None if own else demos.env_args(args.data, args.task)}
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
 
@@ -252,18 +263,20 @@ def pretrain(args, data, device, book, state=None):
     policy = make_policy(args, device, data)
     optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.learning_rate, fused=device.type != "mps")
     generator = torch.Generator(device).manual_seed(args.seed)
-    start, clock, total = 0, Clock(), torch.zeros((), device=device)
+    start, clock, total, summed = 0, Clock(), torch.zeros((), device=device), 0
     if state is not None:
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_rng"])
-        start, total = state["step"], state["total"].to(device)
+        with fitting(book.folder):
+            policy.load_state_dict(state["policy"])
+            optimizer.load_state_dict(state["optimizer"])
+            generator.set_state(state["generator"])
+            torch.set_rng_state(state["torch_rng"])
+            start = state["step"]
 
     def save(step):
+        refuse_nonfinite(policy.state_dict(), "policy", f"before step {step}; {book.last_good()}. Check the "
+                         "demonstrations, or lower --learning-rate")
         book.save("last.pt", {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
-                              "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
-                              "total": total})
+                              "generator": generator.get_state(), "torch_rng": torch.get_rng_state()})
 
     every = max(args.pretrain_steps // 20, 1)
     with Interrupt() as interrupt, Progress("stage I", args.pretrain_steps, every, start, start, "steps") as bar:
@@ -274,46 +287,55 @@ def pretrain(args, data, device, book, state=None):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-                total += loss.detach()
-            if step % every == 0:
+                total, summed = total + loss.detach(), summed + 1
+            report = step % every == 0 or step == args.pretrain_steps
+            if report:
                 seconds = clock.split()["update"]
-                mean = total.item() / every
+                mean = total.item() / summed
                 if not np.isfinite(mean):
-                    raise UserError(f"the loss became {mean} before step {step}; {book.folder}/last.pt is the last "
-                                    "good checkpoint. Check the demonstrations, or lower --learning-rate")
-                book.log(step, bc=mean, updates_per_s=every / seconds, **{"time/update": seconds})
-                total.zero_()
-            if step % every == 0 or interrupt.stop:
+                    raise UserError(f"the loss became {mean} before step {step}; {book.last_good()}. Check the "
+                                    "demonstrations, or lower --learning-rate")
+                book.log(step, bc=mean, updates_per_s=summed / seconds, **{"time/update": seconds})
+                total, summed = torch.zeros_like(total), 0
+            if report or interrupt.stop:
                 save(step)
             bar.update(step, step)
             if interrupt.stop:
-                print(f"saved at step {step}; continue with --resume {book.folder}")
+                print(f"stage I saved at step {step} in {book.folder}")
                 return None
     return policy
 
 
-def stage_one(args, device):
+def stage_one(args, device, within_stage_two=False):
     """The policy and logbook of the run folder's stage I, trained or finished first if need be. None if interrupted."""
-    folder = Path(args.resume or args.run_dir or f"runs/{args.task}-bc-s{args.seed}")
+    chunks = f"-h{args.horizon}" if args.horizon != Args.horizon else ""         # another policy, another run
+    folder = Path(args.resume or args.run_dir or f"runs/{args.task}-bc{chunks}-s{args.seed}")
     data, state = demonstrations(args), None
-    stored = dataclasses.asdict(args) | {"method": "bc"}
-    if (folder / "last.pt").is_file() and not args.overwrite:
+    stored = dataclasses.asdict(args) | {"method": "bc", "resume": None}
+    if args.resume or ((folder / "last.pt").is_file() and not args.overwrite):
         book = Logbook.resume(folder, COLUMNS, task=args.task, method="bc")
         same = ("data", "demo_episodes", "horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate",
                 "normalize", "pretrain_steps", "seed")
         changed = [name for name in same if book.args.get(name) != stored[name]
                    and not (args.resume and name == "pretrain_steps")]           # resuming may train for longer
         if changed:
-            raise UserError(f"{folder} was trained with another {', '.join(changed)}: choose another folder with "
-                            "--run-dir DIR or replace it with --overwrite")
+            raise UserError(f"{folder} was trained with another {', '.join(changed)}: " + (
+                "remove it, or train one beside it with train_offline.py --run-dir DIR and give --checkpoint DIR here"
+                if within_stage_two else
+                "choose another folder with --run-dir DIR or replace it with --overwrite"))
         state = book.load("last.pt")
         book.rewind(state["step"])
+        if state["step"] < args.pretrain_steps:
+            book.amend(stored)
         print(f"{folder}: stage I at step {state['step']} of {args.pretrain_steps}", flush=True)
     else:
         book = Logbook.create(folder, stored, COLUMNS, overwrite=args.overwrite)
     policy = pretrain(args, data, device, book, state)
     book.close()
-    return None if policy is None else (policy, book)
+    if policy is None:
+        print("the same command goes on from there" if within_stage_two else f"continue with --resume {folder}")
+        return None
+    return policy, book
 
 
 def load_policy(args, device, data):
@@ -322,17 +344,12 @@ def load_policy(args, device, data):
         return make_policy(args, device, data)
     if args.checkpoint is None:
         offline = Args(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Args)})
-        other = f"-h{args.horizon}" if args.horizon != Args.horizon else ""         # another policy, another run
-        offline.run_dir = f"runs/{args.task}-bc{other}-s{args.seed}"
-        offline.resume, offline.overwrite = None, False
-        done = stage_one(offline, device)
+        offline.run_dir, offline.resume, offline.overwrite = None, None, False
+        done = stage_one(offline, device, within_stage_two=True)
         return None if done is None else done[0]
     policy = make_policy(args, device)
-    try:
+    with fitting(args.checkpoint, "use the same --task, --preset, --hidden, --layers and --horizon in both stages"):
         policy.load_state_dict(load_checkpoint(args.checkpoint)["policy"])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{args.checkpoint} does not fit the networks of this run ({str(error).splitlines()[0]}); "
-                        "use the same --task, --preset, --hidden, --layers and --horizon in both stages") from error
     return policy
 
 
@@ -347,9 +364,13 @@ def main(argv=None):
     args = parse(Args, argv)
     device = setup(args)
     if args.eval:
+        read_args(args.eval, method="bc")
         policy = make_policy(args, device)
-        policy.load_state_dict(load_checkpoint(Path(args.eval) / "last.pt")["policy"])
+        with fitting(args.eval):
+            policy.load_state_dict(load_checkpoint(args.eval)["policy"])
         evaluate(args, policy)
+        if args.video:
+            video(args, Acting(policy), Path(args.eval))
         return
     done = stage_one(args, device)
     if done is None:

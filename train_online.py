@@ -22,8 +22,8 @@ import torch
 
 import envs
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
-from logbook import (Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint,
-                     refuse_nonfinite)
+from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, cli, curve, fitting, load_checkpoint,
+                     read_args, refuse_nonfinite)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
 from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstrations, environment, load_policy,
@@ -35,7 +35,7 @@ class LoopArgs(OfflineArgs):
     """What every method of this loop needs."""
 
     setting: Literal["offline-to-online", "online"] = "offline-to-online"  # online (Table II): no stage I
-    checkpoint: str | None = None     # file or folder of stage I; default: runs/<task>-bc-s<seed>, trained if missing
+    checkpoint: str | None = None     # file or folder of stage I; default: that of train_offline.py, trained if missing
     discount: float = 0.99            # gamma, per environment step
     heads: int = 2                    # critic heads
     pessimism: float = 0.0            # deviations over the heads taken off their mean; 2 heads, 1: the minimum
@@ -140,8 +140,15 @@ def make_critic(args, policy):
 
 
 def adam(parameters, args, rate=None):
-    parameters = list(parameters)
-    return torch.optim.Adam(parameters, lr=rate or args.online_learning_rate, fused=parameters[0].device.type != "mps")
+    parameters, rate = list(parameters), rate or args.online_learning_rate
+    optimizer = torch.optim.Adam(parameters, lr=rate, fused=parameters[0].device.type != "mps")
+    optimizer.register_load_state_dict_pre_hook(keep_rate)
+    return optimizer
+
+
+def keep_rate(optimizer, state):          # --resume may come with another one
+    groups = zip(state["param_groups"], optimizer.param_groups)
+    return state | {"param_groups": [saved | {"lr": group["lr"]} for saved, group in groups]}
 
 
 def autocast(args, device):
@@ -245,12 +252,15 @@ class Interaction:
 
 def train(args, agent, data, clock, book, state=None, world_class=Interaction):
     """Interact, learn, log, evaluate and save until online_steps. Returns False if the user interrupted."""
-    world, report = world_class(args, agent, clock, len(data["obs"])), Report(args, book, clock)
+    world, report = world_class(args, agent, clock, len(data["obs"])), Report(book, clock, PHASES)
     if state is None:
         world.start(data)
     else:
-        for name, part in (("agent", agent), ("world", world), ("report", report)):
-            part.load_state_dict(state[name])
+        with fitting(book.folder):
+            agent.load_state_dict(state["agent"])
+            world.load_state_dict(state["world"])
+            report.load_state_dict(state["report"], world.steps)
+        book.amend(dataclasses.asdict(args) | {"method": book.args["method"], "resume": None})
     with contextlib.closing(world), Interrupt() as interrupt, \
             envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator, \
             Progress("", args.online_steps, args.log_every, world.steps, report.updates) as bar:
@@ -264,13 +274,12 @@ def train(args, agent, data, clock, book, state=None, world_class=Interaction):
                 for batch in world.batches():
                     report.add(agent.update(batch, warmup))
             except ValueError as error:                       # a non-finite action, transition or Q
-                raise UserError(f"stopped at step {world.steps}: {error}. {book.folder}/last.pt is the last good "
-                                "checkpoint") from error
+                raise UserError(f"stopped at step {world.steps}: {error}. {book.last_good()}") from error
             step, last = world.steps, world.steps == args.online_steps
             bar.stage = "critic warm-up" if warmup else agent.name
             bar.update(step, report.updates, world.success())
             if step % args.log_every == 0:
-                report.write(world, warmup)
+                report.write(step, warmup=int(warmup), success=world.success(), episodes=world.episodes)
             if step % args.eval_every == 0 or last:
                 with clock("eval"):
                     episodes = args.final_episodes if last else args.eval_episodes
@@ -287,53 +296,10 @@ def train(args, agent, data, clock, book, state=None, world_class=Interaction):
     return True
 
 
-class Report:
-    """Means of the update statistics over a log interval, summed on the device so that no update waits for the CPU."""
-
-    def __init__(self, args, book, clock):
-        self.args, self.book, self.clock = args, book, clock
-        self.sums, self.updates, self.best, self.seconds = {}, 0, -1.0, dict.fromkeys(PHASES, 0.0)
-        self.written = 0                      # updates before the interval
-
-    def add(self, stats):
-        self.updates += 1
-        for name, value in stats.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value, count + 1)
-
-    def write(self, world, warmup):
-        """A row of progress.csv."""
-        means, self.sums = {name: float(total) / count for name, (total, count) in self.sums.items()}, {}
-        seconds = self._split()
-        busy, updates = sum(seconds.values()), self.updates - self.written
-        self.book.log(world.steps, warmup=int(warmup), success=world.success(), episodes=world.episodes,
-                      updates=self.updates, env_steps_per_s=self.args.log_every / busy, updates_per_s=updates / busy,
-                      **means, **{f"time/{name}": value for name, value in seconds.items()})
-        self.written = self.updates
-
-    def time_split(self):
-        self._split()
-        parts = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
-        return f"stage II took {sum(self.seconds.values()):.0f} s: {parts}"
-
-    def _split(self):
-        seconds = {name: 0.0 for name in PHASES} | self.clock.split()
-        self.seconds = {name: self.seconds[name] + seconds[name] for name in PHASES}
-        return seconds
-
-    def state_dict(self):
-        return {"sums": self.sums, "updates": self.updates, "best": self.best, "seconds": self.seconds}
-
-    def load_state_dict(self, state):
-        for name in ("sums", "updates", "best", "seconds"):
-            setattr(self, name, state[name])
-        self.written = self.updates
-
-
 def save(book, name, agent, world, report):
     state = {"agent": agent.state_dict(), "world": world.state_dict(), "report": report.state_dict()}
-    refuse_nonfinite(state["agent"], "agent", f"before step {world.steps}; {book.folder}/last.pt is the last good "
-                     "checkpoint. Lower --online-learning-rate, or check the demonstrations")
+    refuse_nonfinite(state["agent"], "agent", f"before step {world.steps}; {book.last_good()}. Lower "
+                     "--online-learning-rate, or check the demonstrations")
     book.save(name, state)
 
 
@@ -342,7 +308,10 @@ def evaluate(args, agent, evaluator, episodes, step, book, bar):
     rates = {}
     modes = agent.modes if step > 0 else ("policy",)
     for mode in modes:
-        result = evaluator.run(copy.deepcopy(agent.acting(mode)).to("cpu"), episodes, EVAL_SEED)
+        try:
+            result = evaluator.run(copy.deepcopy(agent.acting(mode)).to("cpu"), episodes, EVAL_SEED)
+        except (ValueError, RuntimeError) as error:           # a non-finite action; a worker died
+            raise UserError(f"evaluation at step {step}: {error}. {book.last_good()}") from error
         record_result(book, step, mode, result)
         bar.write(f"step {step}, acting from the {mode}: success {result}")
         rates[mode] = result.success_rate
@@ -357,6 +326,7 @@ def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy, world_c
     folder = Path(args.eval or args.resume or args.run_dir or f"runs/{args.task}-{name}-s{args.seed}")
     columns = [*COLUMNS, *agent_class.stats, *(f"time/{phase}" for phase in PHASES)]
     if args.eval:
+        read_args(folder, method=name)
         return evaluate_checkpoint(args, agent_class(args, make_policy(args, device), clock), folder)
     data = demonstrations(args)           # bad files are refused before anything is written
     if args.resume:
@@ -381,7 +351,8 @@ def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy, world_c
 
 
 def evaluate_checkpoint(args, agent, folder):
-    agent.load_state_dict(load_checkpoint(folder / "last.pt")["agent"])
+    with fitting(folder):
+        agent.load_state_dict(load_checkpoint(folder)["agent"])
     with envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator:
         for mode in agent.modes:
             result = evaluator.run(agent.acting(mode).to("cpu"), args.final_episodes, EVAL_SEED)

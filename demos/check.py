@@ -54,6 +54,8 @@ def check(task, path, episodes: int = 5) -> Report:
     import h5py
 
     task = envs.get_task(task)
+    if episodes < 1:
+        raise ValueError(f"need at least one demonstration to replay, got {episodes}")
     if task.suite == "ogbench":
         return _check_play(task, path, episodes)
     hdf5.load(path, task)  # bad files are refused in one sentence
@@ -153,11 +155,14 @@ def _check_play(task, path, episodes: int) -> Report:
         file = {key: archive[key] for key in archive}
     if "qvel" not in file:
         raise ValueError(f"{path}: key 'qvel' is missing; without recorded states nothing can be replayed")
+    file["terminals"][-1] = True  # the recording simply stops here
     env, report, first = envs.make_env(task), Report(), 0
     for number, end in enumerate(np.flatnonzero(file["terminals"])[:episodes]):
         _play(env, file, range(first, end), f"trajectory {number}", report)
         first = end + 1
     env.close()
+    if not report.steps:
+        raise ValueError(f"{path}: no step to compare: every trajectory has a single state")
     if report.where:
         raise ValueError(f"{path} and the simulator disagree, first at {report.where} ({report}). It was made with "
                          f"another ogbench or mujoco than {version('ogbench')} and {version('mujoco')}, or changed")

@@ -242,6 +242,8 @@ def load(path, task: str | envs.Task, episodes: int | None = None) -> dict[str, 
     met = task.met(file["qpos"], file.get("button_states"))
     last, solved = file["terminals"], met.all(-1)
     start = np.flatnonzero(~last[:-1] & ~solved[:-1])  # the last state of a trajectory has no next one
+    if not len(start):
+        raise ValueError(f"{path}: holds no step to learn from: every state is a trajectory's last, or solved already")
     after = start + 1
     return {
         "obs": file["observations"][start], "action": np.clip(file["actions"][start], -1.0, 1.0),
@@ -264,7 +266,7 @@ def _read(path: Path, task, episodes: int | None) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: not readable as npz, truncated perhaps ({error}): make or fetch it anew") from error
     file = {key: _column(f"{path}: key '{key}'", arrays.get(key), width) for key, width in widths.items()}
     lengths = {len(column) for column in file.values()}
-    if len(lengths) != 1 or lengths < {2}:
+    if len(lengths) != 1 or min(lengths) < 2:
         raise ValueError(f"{path}: all keys must have the same length of at least 2, found {sorted(lengths)}")
     file["terminals"] = file["terminals"] > 0
     file["terminals"][-1] = True  # the recording simply stops here

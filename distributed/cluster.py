@@ -13,6 +13,7 @@ Not here: what a worker does (__init__.py), an arm's learner (arm.py).
 """
 import contextlib
 import os
+import re
 import secrets
 import signal
 import threading
@@ -68,7 +69,8 @@ def own_signals():
 
 
 def loopback(address):
-    host = address.rpartition("://")[2].rpartition(":")[0].strip("[]")
+    host = address.rpartition("://")[2]
+    host = host if host == "::1" else re.sub(r":\d+$", "", host).strip("[]")
     return host in ("localhost", "::1") or (host.startswith("127.") and host.replace(".", "").isdigit())
 
 

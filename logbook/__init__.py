@@ -1,7 +1,8 @@
 """A run's folder: arguments, CSV files, TensorBoard, atomic checkpoints, exact resume, the learning curve.
 
-    from logbook import Logbook, UserError, cli, curve, load_checkpoint, save_checkpoint       # this file
+    from logbook import Logbook, UserError, cli, curve, fitting, load_checkpoint, save_checkpoint       # this file
     from logbook import Clock, Interrupt, Progress                                             # console.py
+    from logbook import Report                                                                 # report.py
 
     book = Logbook.create("runs/lift-poco-s0", args, columns=["success", "time/env"])
     book.log(1000, success=0.6, **{"time/env": 3.2})
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 
 from .console import Clock, Interrupt, Progress       # noqa: F401, offered here so that one import is enough
+from .report import Report                            # noqa: F401
 
 VERSION = 1                                           # of a checkpoint: raise it when old ones are no use
 EVAL_COLUMNS = ["step", "acting", "seed", "success", "length", "return"]
@@ -147,6 +149,15 @@ def load_checkpoint(path, device="cpu"):
     return state
 
 
+@contextlib.contextmanager
+def fitting(path, advice="leave out the flags that change its networks or its replay"):
+    """Around load_state_dict: what a checkpoint does not fit is the user's to repair."""
+    try:
+        yield
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit this run ({str(error).splitlines()[-1].strip()}): {advice}") from error
+
+
 def _versions():
     """What a reader needs to repeat the run; whatever is not installed is left out."""
     found = {"python": platform.python_version()}
@@ -178,9 +189,7 @@ class Logbook:
                 raise UserError(f"{folder} already holds a run: continue it with --resume {folder}, "
                                 "replace it with --overwrite, or choose another folder with --run-dir DIR")
             folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / "args.json") as file:    # first: if this fails, nothing was removed yet
-                text = json.dumps({"args": args, "versions": _versions()}, indent=2, default=str)
-                file.write(text.encode() + b"\n")
+            book._write_args({"args": args, "versions": _versions()})        # first: if this fails, nothing was removed
             is_begun = True
             for path in [*(folder / name for name in RUN_FILES[1:]), *folder.glob("events.out.tfevents.*")]:
                 path.unlink(missing_ok=True)
@@ -204,16 +213,23 @@ class Logbook:
             raise UserError(f"there is no run folder {folder}")
         if not (folder / "last.pt").is_file():
             raise UserError(f"{folder} has no checkpoint last.pt: start the run again without --resume")
-        args = read_args(folder)
-        for name, asked in (("task", task), ("method", method)):
-            if asked is not None and args.get(name) != asked:
-                raise UserError(f"{folder} is a run of {name} {args.get(name)}, not of {name} {asked}")
-        book = cls(folder, args, columns)
+        book = cls(folder, read_args(folder, task=task, method=method), columns)
         header = next(iter(_read_csv(folder / "progress.csv")), book.columns)
         if header != book.columns:
             changed = ", ".join(sorted(set(header) ^ set(book.columns))) or "their order"
             raise UserError(f"{folder}/progress.csv has other columns ({changed}): start a new run")
         return book
+
+    def amend(self, args):
+        """The arguments and versions a resumed run goes on with; what they replace stays in args.json as "earlier"."""
+        with _writing(self.folder / "args.json"):
+            text, versions = (self.folder / "args.json").read_text(), _versions()
+            stored, self.args = json.loads(text), json.loads(json.dumps(dict(args), default=str))
+            before = stored["args"]
+            replaced = {name: before.get(name) for name, value in self.args.items() if before.get(name) != value}
+            if replaced or versions != stored.get("versions"):
+                earlier = [*stored.get("earlier", []), {"args": replaced, "versions": stored.get("versions")}]
+                self._write_args({"args": self.args, "versions": versions, "earlier": earlier})
 
     def log(self, step, **scalars):
         """One row of progress.csv, one point per TensorBoard curve; a name not in `columns` is a KeyError."""
@@ -247,6 +263,11 @@ class Logbook:
     def load(self, name, device="cpu"):
         return load_checkpoint(self.folder / name, device)
 
+    def last_good(self):
+        """What a run that has to stop leaves behind, in words."""
+        path = self.folder / "last.pt"
+        return f"{path} is the last good checkpoint" if path.is_file() else "nothing was saved yet"
+
     def rewind(self, step):
         """Forget every row after `step`, so that a killed and resumed run leaves no row twice."""
         for name, header in (("progress.csv", self.columns), ("eval.csv", EVAL_COLUMNS)):
@@ -262,6 +283,10 @@ class Logbook:
         if self._events is not None:
             self._events.close()
         self._events = None
+
+    def _write_args(self, content):
+        with replacing(self.folder / "args.json") as file:
+            file.write(json.dumps(content, indent=2, default=str).encode() + b"\n")
 
     def _rewrite(self, name, header, rows):
         with replacing(self.folder / name) as file:
@@ -283,6 +308,7 @@ class Logbook:
                 if self._purge_step is not None:
                     start = SessionLog(status=SessionLog.START)
                     events.insert(1, Event(step=self._purge_step, session_log=start))
+                    self._purge_step = None           # a file opened later must not hide this one
             for event in events:
                 event.wall_time = time.time()
                 self._events.write(event.SerializeToString())
@@ -304,12 +330,16 @@ def _read_csv(path):
         return list(csv.reader(file))
 
 
-def read_args(folder):
-    """The arguments a run was started with."""
+def read_args(folder, **asked):
+    """The arguments of a run; refused where it is not of the `task` or `method` asked for."""
     try:
-        return json.loads((Path(folder) / "args.json").read_text())["args"]
+        args = json.loads((Path(folder) / "args.json").read_text())["args"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a run folder: its args.json is missing or damaged") from error
+    for name, value in asked.items():
+        if value is not None and args.get(name) != value:
+            raise UserError(f"{folder} is a run of {name} {args.get(name)}, not of {name} {value}")
+    return args
 
 
 def curve(*folders, out=None):

@@ -123,6 +123,7 @@ def test_the_command_checks_and_says_so(lift, monkeypatch, capsys):
     (("--check", "lift", "--data", "none.hdf5"), "no demonstrations at none.hdf5"),
     (("--check", "lift", "--data", "folder"), "no demonstrations at folder"),
     (("--check", "door"), "unknown task 'door'"),
+    (("--check", "lift", "--data", "folder", "--episodes", -2), "at least one demonstration to replay, got -2"),
 ])
 def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, argv, told):
     monkeypatch.chdir(tmp_path)
@@ -149,3 +150,6 @@ def test_play_data_agrees_and_tampered_play_data_does_not(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="trajectory 0: observations"):
         actions = columns["actions"][::-1]
         check("puzzle-3x3", ogbench.save(tmp_path / "actions.npz", columns | {"actions": actions}))
+    no_end = columns | {"terminals": np.zeros_like(columns["terminals"]), "observations": moved["observations"]}
+    with pytest.raises(ValueError, match="trajectory 0: observations of recorded states"):
+        check("puzzle-3x3", ogbench.save(tmp_path / "no-end.npz", no_end))

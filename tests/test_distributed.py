@@ -356,6 +356,12 @@ def test_another_machine_without_a_token_is_refused(address, monkeypatch, tmp_pa
         cluster.connect(address)
 
 
+def test_this_machine_is_told_from_others():
+    here = ("127.0.0.1", "127.0.0.1:6379", "localhost", "localhost:6379", "ray://127.0.1.1:10001", "::1", "[::1]:6379")
+    assert all(cluster.loopback(address) for address in here)
+    assert not any(cluster.loopback(address) for address in ("", "10.0.0.2", "127.evil.com", "localhost.evil.com:1"))
+
+
 def test_the_hub_hands_out_newer_weights_only_and_every_episode_once():
     hub = cluster.hub_class()(2)
     assert hub.pull(0, 1) == (0, None, 0)

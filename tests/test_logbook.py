@@ -312,7 +312,9 @@ def test_resumed_run_has_no_row_twice(book):
     assert [row[0] for row in rows(book.folder / "eval.csv")] == ["step", "10", "20"]
     again.log(30, success=0.9)
     assert rows(book.folder / "progress.csv")[-1] == ["30", "0.9", "", ""]
-    assert points(again)["success"] == [(10, 0.1), (20, 0.2), (30, 0.9)]
+    again.close()                                     # stage I does, and logs its evaluation afterwards
+    again.log(40, success=1.0)
+    assert points(again)["success"] == [(10, 0.1), (20, 0.2), (30, 0.9), (40, 1.0)]
 
 
 def test_resume_refuses_what_is_not_the_run_asked_for(book, tmp_path):

@@ -352,6 +352,9 @@ BAD = {
     "flat": (dict(actions=np.zeros(14)), r"key 'actions' must be \(N, 5\), found \(14,\)"),
     "scalar": (dict(terminals=np.array(True)), r"key 'terminals' must be \(N,\), found \(\)"),
     "ragged": (dict(actions=np.zeros((13, 5))), "same length"),
+    "no rows": ({key: np.zeros((0, *shape)) for key, shape in (("terminals", ()), ("observations", (37,)),
+                                                               ("actions", (5,)), ("qpos", (28,)))}, "at least 2"),
+    "nothing but ends": (dict(terminals=np.ones(14, bool)), "no step to learn from"),
     "pickled": (dict(actions=np.array([{}] * 14)), "allow_pickle=False"),
 }
 

@@ -3,12 +3,14 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -80,11 +82,22 @@ def test_stage_one_writes_a_run_folder_and_a_policy_that_loads(stage_one):
 
 
 def test_stage_one_resumed_is_bitwise_the_uninterrupted_run(demo_file, stage_one, tmp_path):
-    """20 steps == 12 + resume + 8, optimiser and random numbers included."""
+    """20 steps == 12 + resume + 8, optimiser and random numbers included; --overwrite is not meant once more."""
     command = [*TOY, "--data", str(demo_file), "--run-dir", str(tmp_path / "run")]
-    train_offline.main([*command, "--pretrain-steps", "12"])
+    train_offline.main([*command, "--pretrain-steps", "12", "--overwrite"])
     train_offline.main(["--resume", str(tmp_path / "run"), "--pretrain-steps", "20"])
     same(load_checkpoint(tmp_path / "run" / "last.pt"), load_checkpoint(stage_one / "last.pt"))
+    assert [row["step"] for row in rows(tmp_path / "run/progress.csv")] == [str(step) for step in range(1, 21)]
+
+
+def test_stage_one_saves_its_last_step_and_nothing_non_finite(demo_file, tmp_path):
+    command = [*TOY, "--data", str(demo_file), "--eval-episodes", "1"]
+    train_offline.main([*command, "--pretrain-steps", "41", "--run-dir", str(tmp_path / "run")])      # a row every 2
+    assert load_checkpoint(tmp_path / "run")["step"] == 41 and rows(tmp_path / "run/progress.csv")[-1]["step"] == "41"
+    with pytest.raises(UserError, match="policy.* became non-finite before step 1; nothing was saved yet"):
+        train_offline.main([*command, "--pretrain-steps", "1", "--learning-rate", "1e39",           # its loss is finite
+                            "--run-dir", str(tmp_path / "bad")])
+    assert not (tmp_path / "bad/last.pt").exists()
 
 
 @pytest.fixture(scope="session")
@@ -116,6 +129,29 @@ def test_stage_two_resumed_is_bitwise_the_uninterrupted_run(first, demo_file, st
     same(load_checkpoint(tmp_path / "run" / "last.pt"), load_checkpoint(uninterrupted / "last.pt"))
     steps = [int(row["step"]) for row in rows(tmp_path / "run" / "progress.csv")]
     assert steps == list(range(4, 41, 4))
+
+
+def test_a_resumed_run_goes_on_with_the_arguments_it_was_last_given(demo_file, stage_one, tmp_path):
+    folder = online(tmp_path / "run", demo_file, stage_one, "--online-steps", "10")
+    train_online.main(["--resume", str(folder), "--online-steps", "12", "--online-learning-rate", "1e-9"])
+    train_online.main(["--resume", str(folder)])                                    # finished, by the newer arguments
+    state, text = load_checkpoint(folder), json.loads((folder / "args.json").read_text())
+    assert state["world"]["steps"] == 12
+    assert [state["agent"][f"{net}_optimizer"]["param_groups"][0]["lr"] for net in ("actor", "critic")] == [1e-9] * 2
+    assert text["args"]["online_steps"] == 12 and text["args"]["online_learning_rate"] == 1e-9
+    assert [one["args"] for one in text["earlier"]] == [{"online_steps": 10, "online_learning_rate": 1e-3}]
+    assert text["earlier"][0]["versions"] == text["versions"]
+
+
+def test_a_policy_that_turns_non_finite_before_an_evaluation_is_told(demo_file, stage_one, tmp_path, monkeypatch):
+    update = train_online.POCO.update
+
+    def spoil(agent, batch, warmup):
+        agent.actor.out.bias.fill_(np.nan)
+        return update(agent, batch, True)
+    monkeypatch.setattr(train_online.POCO, "update", spoil)
+    with pytest.raises(UserError, match="evaluation at step 1: action has non-finite values.*nothing was saved yet"):
+        online(tmp_path / "run", demo_file, stage_one, "--online-steps", "1")
 
 
 def test_a_signal_saves_and_exits_with_0_and_the_run_goes_on(demo_file, stage_one, uninterrupted, tmp_path):
@@ -229,7 +265,7 @@ def test_a_batch_and_its_update_stay_on_the_training_device(monkeypatch):
     agent = train_online.POCO(args, train_offline.make_policy(args, torch.device("meta")), Clock())
     replay = ChunkReplay(100, len(agent.policy.obs_mean), 7, args.horizon, args.discount, "meta", args.demo_share)
     replay.demos, replay.online = 40, 60
-    report = train_online.Report(args, None, Clock())
+    report = train_online.Report(None, Clock(), train_online.PHASES)
     with Watched():
         report.add(agent.update(replay.sample(args.batch_size), warmup=False))
     assert {total.device.type for total, _ in report.sums.values()} == {"meta"} and set(report.sums) == set(agent.stats)
@@ -274,6 +310,10 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
     state = torch.load(stage_one / "last.pt", weights_only=True)
     torch.save(state | {"version": 999}, version)
     (tmp_path / "file").write_text("")
+    older = shutil.copy(demo_file, tmp_path / "older.hdf5")
+    with h5py.File(older, "r+") as file:
+        recorded = file["data"].attrs["env_args"]
+        file["data"].attrs["env_args"] = recorded.replace('"env_version": "1.5', '"env_version": "1.4')
     start = ["--data", str(demo_file), "--checkpoint", str(stage_one / "last.pt")]
     return {
         "unknown task": (["--task", "lfit"], "lift, can, square"),
@@ -281,10 +321,19 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
         "truncated demonstrations": (["--data", str(truncated), *start[2:]], "cut.hdf5"),
         "foreign demonstrations": (["--data", str(foreign), *start[2:]], "foreign.hdf5"),
         "no such checkpoint": ([*start[:2], "--checkpoint", str(tmp_path / "none.pt")], "none.pt"),
+        "another robosuite": (["--data", str(older), *start[2:]], "recorded with robosuite 1.4.*pip install robosuite"),
         "another version": ([*start[:2], "--checkpoint", str(version)], "999"),
         "other networks": ([*start, "--hidden", "48"], "--hidden"),
         "another task": (["--resume", str(uninterrupted), "--task", "can"], "lift"),
         "resume nothing": (["--resume", str(tmp_path / "nowhere")], "nowhere"),
+        "resume with other networks": (["--resume", str(uninterrupted), "--hidden", "48"], "run does not fit this run"),
+        "resume with another replay": (["--resume", str(uninterrupted), "--capacity", "99"], "replay of capacity"),
+        "evaluate stage I": (["--eval", str(stage_one)], "method bc, not of method poco"),
+        "a checkpoint for nothing": ([*start, "--setting", "online"], "leave out --checkpoint"),
+        "no such device": ([*start, "--device", "gpu"], "--device gpu cannot be used here"),
+        "fewer than no threads": ([*start, "--threads", "-1"], "--threads must be at least 0, got -1"),
+        "a negative seed": ([*start, "--seed", "-1"], "--seed must be at least 0, got -1"),
+        "no steps": ([*start, "--online-steps", "0"], "--online-steps must be greater than 0"),
         "a run is there": ([*start, "--run-dir", str(uninterrupted)], "--overwrite"),
         "unwritable folder": ([*start, "--run-dir", str(tmp_path / "file" / "run")], "file"),
         "temperature 0": ([*start, "--temperature", "0", "--warmup-steps", "0"], "temperature"),
@@ -293,20 +342,41 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", [
+MISTAKES = [
     "unknown task", "no such demonstrations", "truncated demonstrations", "foreign demonstrations",
-    "no such checkpoint", "another version", "other networks", "another task", "resume nothing", "a run is there",
-    "unwritable folder", "temperature 0", "endless updates", "more than a whole batch"])
+    "no such checkpoint", "another robosuite", "another version", "other networks", "another task", "resume nothing",
+    "resume with other networks", "resume with another replay", "evaluate stage I", "a checkpoint for nothing",
+    "no such device", "fewer than no threads", "a negative seed", "no steps", "a run is there", "unwritable folder",
+    "temperature 0", "endless updates", "more than a whole batch"]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_gets_one_clear_sentence(name, demo_file, stage_one, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv, named = bad_commands(demo_file, stage_one, uninterrupted, tmp_path)[name]
-    before = load_checkpoint(uninterrupted / "last.pt")
-    argv = argv if "--resume" in argv or "--task" in argv else [*ONLINE, "--run-dir", str(tmp_path / "new"), *argv]
+    commands = bad_commands(demo_file, stage_one, uninterrupted, tmp_path)
+    assert list(commands) == MISTAKES
+    argv, named = commands[name]
+    before, arguments = load_checkpoint(uninterrupted / "last.pt"), (uninterrupted / "args.json").read_text()
+    argv = argv if {"--resume", "--task", "--eval"} & {*argv} else [*ONLINE, "--run-dir", str(tmp_path / "new"), *argv]
     with pytest.raises(UserError, match="(?s)" + named) as caught:
         train_online.main(argv)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     assert not (tmp_path / "new").exists() and not (tmp_path / "runs").exists()
     same(load_checkpoint(uninterrupted / "last.pt"), before)
+    assert (uninterrupted / "args.json").read_text() == arguments
+
+
+def test_what_stage_one_advises_can_be_done(demo_file, stage_one, uninterrupted, tmp_path, monkeypatch):
+    """Within stage II, whose --run-dir and --overwrite are not its own."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(stage_one, tmp_path / "runs/lift-bc-s0")
+    command = [*ONLINE, "--data", str(demo_file), "--online-steps", "2", "--run-dir", "run"]
+    with pytest.raises(UserError, match="runs/lift-bc-s0 was trained with another pretrain_steps: .*--checkpoint DIR"):
+        train_online.main([*command, "--pretrain-steps", "10"])
+    train_offline.main([*TOY, "--data", str(demo_file), "--pretrain-steps", "10", "--run-dir", "beside"])
+    train_online.main([*command, "--checkpoint", "beside"])
+    with pytest.raises(UserError, match="method poco, not of method bc"):
+        train_offline.main(["--eval", str(uninterrupted)])
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
