@@ -15,9 +15,9 @@ Not here: drivers and kinematics (arms/), keys (arms/keypad.py), files of episod
 themselves (arms/learner.py), the head on a backbone (vla_head.py), compliance, force sensing, learnt rewards.
 Shapes: A = 7 is shift xyz, turn xyz, gripper, each in [-1, 1]; H chunk, D observation. SI units inside, cm in Args.
 """
-import collections
 import contextlib
 import dataclasses
+import signal
 import sys
 import threading
 import time
@@ -27,17 +27,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from arms.episodes import Take, layout, length, merge, numbered, outcome, reach, refuse_loss
+from arms.episodes import Take, following, layout, length, merge, numbered, outcome, reach, refuse_loss
+from arms.guard import Guard
 from arms.keypad import HELP, open_keypad
-from arms.kinematics import Kinematics, rotation_vector
+from arms.kinematics import Kinematics
 from arms.learner import STATS, Background, Learner, trained
-from arms.senses import JOINTS, PERIOD, Pace, Senses, rotation_matrix
+from arms.senses import JOINTS, PERIOD, Pace, Senses
 from arms.settings import open_arm, open_eyes, parse
 from distributed.arm import Faraway
-from logbook import Interrupt, Logbook, UserError, cli, curve
+from logbook import Interrupt, Logbook, UserError, cli, curve, fitting
 
-OPEN = 0.07                                    # gripper opening in metres at action +1
-SLACK = 1.02                                   # limits are this much wider than what a full action asks for
+LATE = 1.0                                     # seconds after which what a policy made of a view is not executed
 
 
 class Arm(Protocol):
@@ -61,156 +61,14 @@ class Arm(Protocol):
     def disconnect(self) -> None: ...
 
 
-# ---- the guard -------------------------------------------------------------------------------------------------------
-
-class Guard:
-    """Turns policy actions into joint targets that keep every limit; scales and counts, never raises once started.
-
-    A target is inside the joint ranges, its tool inside `box` (2, 3) metres and within `cone` radians of `axis` (3,);
-    from one target to the next no joint, no shift and no turn exceeds its limit. If IK or rounding would break one, the
-    step is shortened until none is; a step of zero always is allowed, because the last target was. The target also
-    stays on a leash: where the measured tool lags further behind, as in contact, it walks back to it.
-    """
-
-    def __init__(self, kinematics, box, axis, *, cone, max_step, max_turn, max_joint_speed, leash):
-        self.kinematics, self.box, self.axis = kinematics, np.asarray(box, float), np.asarray(axis, float)
-        self.cone, self.max_step, self.max_turn, self.leash = cone, max_step, max_turn, leash
-        self.max_joint_step, self.low, self.high = max_joint_speed * PERIOD, *np.asarray(kinematics.limits).T
-        self.max_grip_step = OPEN / 4                                      # closes in a quarter of a second
-        self.counts, self.joints, self.gripper = collections.Counter(), None, 0.0
-
-    def start(self, joints, gripper):
-        """The first target is the measured pose: joints (6,), gripper. UserError if that is outside the limits."""
-        target = np.clip(joints, self.low, self.high)
-        if not _finite(joints, 6) or not np.isfinite(gripper) or np.abs(target - joints).max() > 0.05:
-            raise UserError(f"the arm reports joints {np.round(joints, 3)}, outside its own ranges: check its zero")
-        if wrong := self.outside(target):
-            place, box = self.kinematics.fk(target)[0] * 100, self.box * 100
-            raise UserError(f"the arm starts outside its limits ({wrong}): tool at {np.round(place, 1)} cm, box "
-                            f"{np.round(box[0], 1)} to {np.round(box[1], 1)} cm. Move it inside by hand, or --recover")
-        self.joints, self.gripper = target, float(np.clip(gripper, 0, OPEN))
-
-    def outside(self, joints):
-        """Name of the limit of place that these joints (6,) break, or None."""
-        place, turn = self.kinematics.fk(joints)
-        if (joints < self.low).any() or (joints > self.high).any():
-            return "joint range"
-        if (place < self.box[0] - 1e-9).any() or (place > self.box[1] + 1e-9).any():
-            return "box"
-        return "cone" if self._tilt(turn) > self.cone + 1e-9 else None
-
-    def step(self, action, measured=None):
-        """action (7,), measured joints (6,) or None when they are stale -> target joints (6,), gripper opening."""
-        if not _finite(action, 7):
-            return self.hold("nonfinite")
-        if not _finite(measured, 6):
-            return self.hold("stale")
-        action = np.clip(np.asarray(action, float), -1e6, 1e6)
-        base, turned = self.kinematics.fk(self.joints)
-        shift = self._cap(action[:3], 1.0, "step") * self.max_step / SLACK
-        turn = self._cap(action[3:6], 1.0, "step") * self.max_turn / SLACK
-        place = self._clip(base + shift, self.box[0] + 1e-3, self.box[1] - 1e-3, "box")
-        there = self.kinematics.fk(measured)[0]
-        place = there + self._cap(place - there, self.leash, "leash")
-        place = base + self._cap(place - base, self.max_step / SLACK, "leash")
-        turn = self._into_cone(rotation_matrix(turn) @ turned)
-        aim, *_ = self.kinematics.ik(place, turn, self.joints)
-        aim = self._clip(aim, self.low, self.high, "joint range")
-        change = aim - self.joints
-        fastest = np.abs(change).max() / self.max_joint_step
-        if fastest > 1:
-            self.counts["joint speed"] += 1
-            change = change / fastest
-        target = self._furthest(change, base, turned)
-        opening = (np.clip(action[6], -1, 1) + 1) / 2 * OPEN
-        return target, self._grip(opening)
-
-    def slide(self, goal, gripper, measured, speed=0.25):
-        """One slow step straight to joints `goal` (6,), to rest or into the box too -> joints, gripper, arrived."""
-        goal = np.clip(goal, self.low, self.high)
-        if not _finite(goal, 6) or not _finite(measured, 6):
-            return *self.hold("stale"), False
-        if np.abs(self.joints - measured).max() > 0.2:               # wait where the measured arm does not follow
-            return *self.hold("leash"), False
-        limit = speed * self.max_joint_step
-        target = self.joints + np.clip(goal - self.joints, -limit, limit)
-        return np.clip(target, self.low, self.high), self._grip(gripper), bool(np.allclose(target, goal, atol=1e-6))
-
-    def hold(self, why):
-        """The last target again, counted."""
-        self.counts[why] += 1
-        return self.joints.copy(), self.gripper
-
-    def sent(self, joints, gripper):
-        """What the driver really sent becomes the last target. Returns it in action units (7,): the replay's action."""
-        (place, turned), (new_place, new_turned) = self.kinematics.fk(self.joints), self.kinematics.fk(joints)
-        shift = (new_place - place) * SLACK / self.max_step
-        turn = rotation_vector(new_turned @ turned.T) * SLACK / self.max_turn
-        self.joints, self.gripper = np.array(joints, float), float(gripper)
-        return np.clip([*shift, *turn, 2 * gripper / OPEN - 1], -1, 1).astype(np.float32)
-
-    def towards(self, joints, gripper):
-        """The action (7,) that leads to a tele-operator's joints (6,) and opening; far away: longer than a step."""
-        (place, turned), (goal, goal_turned) = self.kinematics.fk(self.joints), self.kinematics.fk(joints)
-        turn = rotation_vector(goal_turned @ turned.T)
-        shift = (goal - place) * SLACK / self.max_step
-        return np.array([*shift, *turn * SLACK / self.max_turn, 2 * gripper / OPEN - 1])
-
-    def _furthest(self, change, base, turned):
-        for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.05):
-            target = np.clip(self.joints + share * change, self.low, self.high)
-            place, turn = self.kinematics.fk(target)
-            angle = np.linalg.norm(rotation_vector(turn @ turned.T))
-            if np.linalg.norm(place - base) <= self.max_step and angle <= self.max_turn and not self.outside(target):
-                return target
-            self.counts["shortened"] += 1
-        return self.joints.copy()
-
-    def _grip(self, opening):
-        if not np.isfinite(opening):
-            return self.gripper
-        return float(np.clip(self.gripper + np.clip(opening - self.gripper, -self.max_grip_step, self.max_grip_step),
-                             0, OPEN))
-
-    def _cap(self, vector, most, name):
-        length = np.linalg.norm(vector)
-        if length > most * (1 + 1e-6):
-            self.counts[name] += 1
-        return vector * (most / length) if length > most else vector
-
-    def _clip(self, value, low, high, name):
-        inside = np.clip(value, low, high)
-        if np.abs(inside - value).max() > 1e-6:
-            self.counts[name] += 1
-        return inside
-
-    def _tilt(self, turned):
-        return float(np.arctan2(np.linalg.norm(np.cross(self.axis, turned[:, 2])), self.axis @ turned[:, 2]))
-
-    def _into_cone(self, turned):
-        excess = self._tilt(turned) - (self.cone - 5e-3)
-        if excess <= 0:
-            return turned
-        self.counts["cone"] += 1
-        back = np.cross(turned[:, 2], self.axis)
-        return rotation_matrix(back / max(np.linalg.norm(back), 1e-9) * excess) @ turned
-
-
-def _finite(values, size):
-    try:
-        values = np.asarray(values, dtype=float)
-    except (TypeError, ValueError):
-        return False
-    return values.shape == (size,) and bool(np.isfinite(values).all())
-
-
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 class Rig:
     """The arm between power-on and rest, as a context: episodes run inside, and every way out is hold, rest, release.
 
     One lock for the driver; a watchdog sends the last target again when the loop has been silent for three periods.
-    auto: the simulated arm labels its episodes by success(), nobody is asked.
+    auto: the simulated arm labels its episodes by success(), nobody is asked. ending: "quit" or "stop" once the person
+    wants the session to end, stopped: without going to rest.
     """
 
     def __init__(self, args, robot, senses, keypad, teleop, interrupt, auto):
@@ -218,7 +76,7 @@ class Rig:
         self.interrupt, self.auto, self.pace, self.lock = interrupt, auto, senses.pace, threading.Lock()
         self.guard = self.rest = None
         self.fed, self.trips, self.armed, self.stopped, self.done = 0.0, 0, False, False, False
-        self.told, self.unsent, self.silent = False, False, 0
+        self.told, self.failed, self.silent, self.looked, self.ending = False, False, 0, 0.0, None
 
     def __enter__(self):
         try:
@@ -228,7 +86,8 @@ class Rig:
             self.pace.start()
             self._prepare(self._fresh())
         except BaseException as error:
-            self.robot.disconnect()
+            with contextlib.suppress(Exception):                         # it may never have been connected
+                self.robot.disconnect()
             if isinstance(error, OSError | RuntimeError):
                 raise UserError(f"the arm does not connect: {error}") from error
             raise
@@ -238,13 +97,13 @@ class Rig:
 
     def __exit__(self, kind, error, _):
         self.armed = False
-        if error is not None and not isinstance(error, UserError):
-            print(f"{kind.__name__}: the arm holds, then goes to rest", file=sys.stderr)
         release = {}
         try:
             self._send(*self.guard.hold("exit"))
-            if self.stopped or not self.move(self.rest, timeout=20):
-                print("the arm did not go to rest: it holds where it is", file=sys.stderr)
+            if error is not None and not isinstance(error, UserError):
+                warn(f"{kind.__name__}: the arm holds, then goes to rest")
+            if self.stopped or not self.move(self.rest, timeout=20, leaving=True):
+                warn("the arm did not go to rest: it holds where it is")
             elif self.args.release:
                 release = {"release": True}
         finally:
@@ -271,22 +130,36 @@ class Rig:
             self.guard.joints, self.guard.gripper = np.clip(view.joints, self.guard.low, self.guard.high), view.gripper
             if not args.recover or np.abs(self.guard.joints - view.joints).max() > 0.05:     # a wrong zero lies about
                 raise                                                                         # where the tool is
-            goal = self.senses.kinematics.ik(box.mean(0), turned, view.joints)[0]
-            if not self.move(goal, timeout=60):
-                raise UserError("the arm did not reach the middle of the box: move it there by hand") from None
+            goal, missing, _ = self.senses.kinematics.ik(box.mean(0), turned, view.joints)
+            if missing > 0.01 or not self.move(goal, timeout=60):
+                why = "cannot" if missing > 0.01 else "did not"
+                raise UserError(f"the arm {why} reach the middle of the box: move it there by hand") from None
             self.guard.start((view := self._fresh()).joints, view.gripper)
         self.home = self.guard.joints.copy()
 
-    def move(self, goal, timeout):
-        """Slowly and straight to these joints; False if it did not arrive in so many seconds or was told to stop."""
+    def get_observation(self):
+        """The driver's, which need not bear a command of the watchdog meanwhile."""
+        with self.lock:
+            return self.robot.get_observation()
+
+    def _look(self, pictures=True):
+        self.looked = time.monotonic()
+        return self.senses.read(self, pictures)
+
+    def move(self, goal, timeout, leaving=False):
+        """
+        Slowly and straight to these joints; False if it did not arrive in so many seconds or was told to stop. Quitting
+        ends it, too, unless this is the way out.
+        """
         self.pace.start()
         for _ in range(int(timeout / PERIOD)):
-            view = self.senses.read(self.robot, look=False)
+            view = self._look(pictures=False)
             joints, gripper, arrived = self.guard.slide(goal, self.guard.gripper, None if view is None else view.joints)
             self._send(joints, gripper)
-            self.silent = 0 if view and not self.unsent else self.silent + 1
-            self.stopped = self.stopped or self.keypad.poll() == "stop"
-            if arrived or self.stopped or self.silent > 1 / PERIOD:
+            self.silent = 0 if view and not self.failed else self.silent + 1
+            event = self.keypad.poll()
+            self._heed("quit" if self.interrupt.stop and event != "stop" else event)
+            if arrived or self.stopped or (self.ending and not leaving) or self.silent > 1 / PERIOD:
                 return arrived
             self.pace.wait()
         return False
@@ -297,10 +170,11 @@ class Rig:
         Its outcome is success, fail, timeout, discard, quit or stop. UserError if the arm or the keypad is lost.
         """
         view = self._begin(seed)
+        self._complain(view)
         take, self.armed = Take(view.vector), self.args.realtime
         self.queue, self.human, self.since, self.silent = [], act is None, 15 * (act is None), 0
         while take.outcome is None:
-            event = "quit" if self.interrupt.stop else self.keypad.poll()
+            event = self.ending or ("quit" if self.interrupt.stop else self.keypad.poll())
             if event == "pause":
                 self.human, self.queue, self.since = not self.human, [], 0   # what is left of a chunk is out of date
             elif event is not None:
@@ -308,7 +182,7 @@ class Rig:
                 break
             requested, applied = self._command(act, view)
             self.pace.wait()
-            view = self.senses.read(self.robot)
+            view = self._look()
             self._complain(view)
             if applied is None or view is None:
                 self.queue = []
@@ -333,6 +207,10 @@ class Rig:
         else:
             self.queue = self.queue or list(act(view.vector))
             requested = self.queue.pop(0)
+            if self.args.realtime and (age := time.monotonic() - self.looked) > LATE:      # a slow policy, a stopped
+                self._send(*self.guard.hold("late"))                                       # process: all has changed
+                self.senses.fault, self.failed = f"the policy took {age:.1f} s", True
+                return None, None
         return requested, self._send(*self.guard.step(requested, view.joints))
 
     def _begin(self, seed):
@@ -340,18 +218,23 @@ class Rig:
             self.robot.reset(seed)
         else:
             self.move(self.home, timeout=20)
+            self.keypad.forget()                                             # only what is pressed from here on agrees
             print("place the object, then press space")
-            while not (self.keypad.gone or self.interrupt.stop) and (event := self.keypad.wait(0.5)) != "pause":
-                if event in ("quit", "stop"):
-                    self.keypad.events.insert(0, event)                      # ends the episode before its first command
+            while not (self.ending or self.keypad.gone):
+                if (event := "quit" if self.interrupt.stop else self.keypad.wait(0.5)) == "pause":
                     break
+                self._heed(event)                                            # ends the episode before its first command
         self.pace.start()
         view = self._fresh()
         self.guard.start(view.joints, view.gripper)
         return view
 
+    def _heed(self, event):
+        if event in ("quit", "stop"):
+            self.ending, self.stopped = event, self.stopped or event == "stop"
+
     def _fresh(self):
-        while (view := self.senses.read(self.robot)) is None:
+        while (view := self._look()) is None:
             self._complain(view)
             self.pace.wait()
         return view
@@ -372,17 +255,17 @@ class Rig:
         with self.lock:
             self.fed = time.monotonic()
             try:
-                sent, self.unsent = self.robot.send_action(action) or action, False
+                sent, self.failed = self.robot.send_action(action) or action, False
             except (OSError, RuntimeError) as error:
-                self.senses.fault, self.unsent = f"a command did not reach the arm ({error})", True
+                self.senses.fault, self.failed = f"a command did not reach the arm ({error})", True
                 return None
-        return self.guard.sent([sent.get(name, action[name]) for name in JOINTS], sent.get("gripper.pos", gripper))
+            return self.guard.sent([sent.get(name, action[name]) for name in JOINTS], sent.get("gripper.pos", gripper))
 
     def _complain(self, view):
         """Say once what is wrong; give up after five seconds. A lost keypad ends the session."""
-        lost = view is None or self.unsent
+        lost = view is None or self.failed
         if lost and not self.told:
-            print(f"HOLDING: {self.senses.fault}", file=sys.stderr)
+            warn(f"HOLDING: {self.senses.fault}")
         self.told, self.silent = lost, self.silent + 1 if lost else 0
         if self.silent > 5 / PERIOD:
             raise UserError(f"{self.senses.fault}, for five seconds: check power and cables, then --resume")
@@ -396,7 +279,7 @@ class Rig:
         if take.outcome == "timeout" and not self.auto:
             print("time is up, no label: s success, f fail, d discard? (10 s; otherwise no success)")
             take.outcome = {None: "timeout", "pause": "timeout"}.get(event := self.keypad.wait(10), event)
-        self.stopped = self.stopped or take.outcome == "stop"
+        self._heed(take.outcome)
 
     def status(self):
         """For the progress line: periods, watchdog and what the guard had to change so far."""
@@ -418,10 +301,28 @@ class Rig:
                     self.lock.release()
 
 
+def warn(text):
+    """To a terminal that may be gone: the arm matters more."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr)
+
+
 # ---- record, train, eval ---------------------------------------------------------------------------------------------
 
 COLUMNS = ("success", "reward", "length", "dropped", "interventions", "guarded", "period_p50", "period_p99",
            "period_max", "overruns", "version", "updates", "warmup", *STATS)
+
+
+@contextlib.contextmanager
+def deaf_to_hangup():
+    """A closed terminal is a lost keypad, on which the arm holds, and no reason to die with the arm in motion."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGHUP, before)
 
 
 @contextlib.contextmanager
@@ -431,7 +332,10 @@ def session(args):
     senses = Senses(robot, getattr(robot, "kinematics", None) or Kinematics(), Pace(args.realtime), args.observe,
                     lambda cameras: open_eyes(args, cameras))
     auto = hasattr(robot, "success") and args.keypad in ("auto", "none")
-    with Interrupt() as interrupt, open_keypad("none" if auto else args.keypad.replace("auto", "terminal")) as keypad:
+    if args.keypad == "none" and not (auto and hasattr(robot, "reset")):
+        raise UserError("--keypad none is for a simulated arm: somebody has to place the object and to stop this one")
+    pad = "none" if auto else args.keypad.replace("auto", "terminal")
+    with deaf_to_hangup(), Interrupt() as interrupt, open_keypad(pad) as keypad:
         print("labels come from the simulation" if auto else HELP)
         yield Rig(args, robot, senses, keypad, teleop, interrupt, auto)
 
@@ -442,14 +346,14 @@ def record(args):
     with session(args) as rig:
         task = layout(args.task, rig.senses.sizes)
         with rig:
-            number = tried = len(numbered(folder))
+            number, (tried, _) = len(numbered(folder)), following(folder)
             while number < args.episodes:
                 take = rig.episode(None, args.seed_of(tried))
                 tried += 1
                 if take.outcome in ("quit", "stop"):
                     break
                 if take.outcome == "success":
-                    take.save(folder / f"episode_{number:05d}.hdf5", task, True, args.seed_of(tried - 1))
+                    take.save(following(folder)[1], task, True, args.seed_of(tried - 1))
                     number += 1
                 print(f"{take.outcome} after {take.steps} steps: {number} of {args.episodes} recorded, {tried} tried, "
                       f"{rig.status()}")
@@ -465,7 +369,9 @@ def train(args):
         learner = (Faraway if args.learner else Learner)(args, task)         # refuses missing demonstrations first
         if args.resume:
             book = Logbook.resume(folder, COLUMNS, task=args.task, method="robot")
-            learner.load_state_dict(book.load("last.pt"), folder / "episodes")
+            with fitting(folder):
+                learner.load_state_dict(book.load("last.pt"), folder / "episodes")
+            book.amend(dataclasses.asdict(args) | {"method": "robot", "resume": None})
         else:
             refuse_loss(folder, args.robot)
             book = Logbook.create(folder, dataclasses.asdict(args) | {"method": "robot"}, COLUMNS, args.overwrite)
@@ -494,12 +400,11 @@ def play(args, rig, task, learner, book, steps, recent):
     learner.wait()
     with rig:
         while len(recent) < args.episodes:
-            number, version = len(recent), learner.pull()
+            (number, path), version = following(Path(args.run_dir) / "episodes"), learner.pull()
             rng, acting = np.random.default_rng([args.seed, 1, number]), learner.acting()
             take = rig.episode(lambda obs: acting(obs, rng), args.seed_of(number))
             if take.outcome in ("quit", "stop"):
                 break
-            path = Path(args.run_dir) / "episodes" / f"episode_{number:05d}.hdf5"
             won = take.outcome == "success"
             if take.outcome == "discard" or not take.save(path, task, won, args.seed_of(number)):
                 continue
@@ -511,7 +416,7 @@ def play(args, rig, task, learner, book, steps, recent):
             book.log(steps, success=np.mean(last), reward=recent[-1], length=take.steps, dropped=take.dropped,
                      interventions=take.interventions, guarded=rig.guard.counts.total(), version=version,
                      **rig.pace.report(), **report)
-            print(f"episode {number + 1}/{args.episodes} {take.outcome}, {take.steps} steps: success "
+            print(f"episode {len(recent)}/{args.episodes} {take.outcome}, {take.steps} steps: success "
                   f"{np.mean(last):.0%} of the last {len(last)}, {report.get('updates', 0)} updates, {rig.status()}")
 
 

@@ -26,8 +26,8 @@ import demos
 import envs
 from chunk_critic import aggregate
 from flow_policy import FlowPolicy
-from logbook import (Clock, Interrupt, Logbook, Progress, UserError, cli, curve, fitting, load_checkpoint, read_args,
-                     refuse_nonfinite)
+from logbook import (Clock, Interrupt, Logbook, Progress, UserError, check_numbers, cli, curve, fitting,
+                     load_checkpoint, read_args, refuse_nonfinite, usable_device)
 from poco import posterior_weights
 from replay import ChunkReplay
 
@@ -107,31 +107,22 @@ def resolve_preset(preset):
     return "cpu", "no GPU found"
 
 
-POSITIVE = ("horizon", "online_steps", "hidden", "layers", "flow_steps", "batch_size", "learning_rate", "episode_limit",
-            "demo_episodes", "eval_episodes", "workers", "num_candidates", "heads", "discount", "tau", "policy_tau",
-            "online_learning_rate", "capacity", "updates_per_step", "log_every", "save_every", "eval_every",
-            "final_episodes", "num_envs", "rollout_chunks", "epochs", "policy_learning_rate", "ratio_clip", "target_kl",
-            "noise_std", "min_std", "max_std", "value_hidden", "value_layers")
+# The numbers, of every method, that need not be above 0 or may be infinite, and those that may be anything finite.
+LEAST = dict(temperature=1e-6, clip=0.0, guidance=0.0, pessimism=0.0, rollouts=0, threads=0, seed=0, pretrain_steps=0,
+             warmup_steps=0, ratio_clip=1e-9, target_kl=1e-9, alpha=0.0, subset=0, bc_weight=0.0, chi2=0.0, entropy=0.0,
+             gae_lambda=0.0)
+FREE = ("reward_offset", "target_entropy")
 
 
 def validate(args):
     """Refuse what could only fail later, after something was written."""
-    for name in POSITIVE:
-        if not getattr(args, name, 1) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
-    for name, least in (("temperature", 1e-6), ("clip", 0.0), ("guidance", 0.0), ("pessimism", 0.0),
-                        ("rollouts", 0), ("threads", 0), ("seed", 0), ("pretrain_steps", 0), ("warmup_steps", 0)):
-        if not getattr(args, name, 1.0) >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least:g}, got {getattr(args, name)}")
-    if getattr(args, "updates_per_step", 1) == math.inf:
-        raise UserError("--updates-per-step must be a finite number, got inf")
+    check_numbers(args, LEAST, FREE)
+    if getattr(args, "min_std", 0) > getattr(args, "max_std", math.inf):
+        raise UserError(f"--min-std must be at most --max-std, got {args.min_std} and {args.max_std}")
     if getattr(args, "checkpoint", None) and args.setting == "online":
         raise UserError("--setting online begins with an untrained policy: leave out --checkpoint")
     if getattr(args, "ray", None) and not args.rollouts:
         raise UserError("--ray needs the number of its workers: --rollouts N")
-    share = getattr(args, "demo_share", None)
-    if share is not None and not 0 <= share <= 1:
-        raise UserError(f"--demo-share is between 0 and 1, got {share}")
 
 
 def keep_memory():
@@ -149,13 +140,7 @@ def setup(args):
     """Device, precision and seeds, said aloud. Returns the device."""
     validate(args)
     preset, why = resolve_preset(args.preset)
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(best if args.device == "auto" else args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}); "
-                        f"--device auto takes {best}") from error
+    device = usable_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.precision == "auto":

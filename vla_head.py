@@ -36,8 +36,8 @@ from adapters.cost import cost
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from demos.views import Seeing, View, see_demonstrations
 from flow_policy import FlowPolicy
-from logbook import (Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint, read_args,
-                     refuse_nonfinite)
+from logbook import (Clock, Interrupt, Logbook, Progress, UserError, check_numbers, cli, curve, fitting,
+                     load_checkpoint, read_args, refuse_nonfinite, usable_device)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
 
@@ -321,6 +321,8 @@ CPU = dict(demo_episodes=20, episode_limit=100, horizon=5, channels=64, layers=2
            batch_size=32, learning_rate=1e-3, actor_learning_rate=1e-3, critic_learning_rate=1e-3, critic_hidden=256,
            critic_layers=3, policy_tau=0.005, num_candidates=8, temperature=0.01, clip=0.6, reward_offset=-0.01,
            warmup_steps=1000, online_steps=5000, steps_per_update=2, capacity=5000, eval_every=2500, threads=1)
+LEAST = dict(temperature=1e-6) | dict.fromkeys(("seed", "clip", "guidance", "pessimism", "sft_steps", "warmup_steps",
+                                                "online_steps", "threads"), 0)
 PHASES = ("env", "critic", "e_step", "m_step", "eval")
 COLUMNS = ["warmup", "success", "episodes", "updates", "updates_per_s", *Learner.stats,
            *(f"time/{phase}" for phase in PHASES)]
@@ -334,27 +336,25 @@ def parse(argv=None) -> Args:
     for name in ("--preset", "--resume", "--eval"):
         first.add_argument(name)
     known, _ = first.parse_known_args(argv)
-    stored = known.resume or known.eval
-    values = read_args(stored) if stored else CPU if known.preset in (None, "cpu") else {"preset": "paper"}
+    stored, fresh = known.resume or known.eval, CPU if known.preset in (None, "cpu") else {"preset": "paper"}
+    values = read_args(stored) | {"overwrite": False} if stored else fresh
     names = {field.name for field in dataclasses.fields(Args)}
-    args = tyro.cli(Args, args=argv, description=__doc__,
-                    default=Args(**{name: value for name, value in values.items() if name in names}))
+    default = Args(**{name: value for name, value in values.items() if name in names})
+    args = tyro.cli(Args, args=argv, description=__doc__, default=default)
     if args.preset == "paper" and args.backbone is None:
         raise UserError("--preset paper needs --backbone DIR, a SmolVLM or PaliGemma in from_pretrained's format; "
                         "--preset cpu makes a tiny random one")
     if args.task not in envs.TASKS or envs.TASKS[args.task].suite != "robosuite":
         raise UserError(f"no pictures of task '{args.task}': --task lift, can or square")
-    for name, least in (("sft_steps", 0), ("online_steps", 0), ("temperature", 1e-6), ("clip", 0), ("guidance", 0),
-                        ("batch_size", 1), ("num_candidates", 1), ("steps_per_update", 1), ("eval_episodes", 1)):
-        if not getattr(args, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least:g}, got {getattr(args, name)}")
+    check_numbers(args, LEAST)
+    if args.channels % args.heads:
+        raise UserError(f"--heads must divide --channels, got {args.heads} and {args.channels}")
     return args
 
 
 def make_policy(args, folder: Path) -> VLAFlowHead:
     """The backbone, loaded from a folder whether tiny or real, and a fresh head on it."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(best if args.device == "auto" else args.device)
+    device = usable_device(args.device, mps=False)
     source = args.backbone or (folder / "backbone" if (folder / "backbone" / "config.json").is_file() else
                                tiny_backbone(folder / "backbone"))
     text = args.instruction or INSTRUCTIONS[args.task]
@@ -475,8 +475,7 @@ def train(args, run: Run, book) -> bool:
                     for name, value in run.learner.update(run.batch(), warmup).items():
                         sums.setdefault(name, []).append(value)
             except ValueError as error:                                          # a non-finite action, reward or Q
-                raise UserError(f"stopped at step {run.steps}: {error}. {book.folder}/last.pt is the last good "
-                                "checkpoint") from error
+                raise UserError(f"stopped at step {run.steps}: {error}. {book.last_good()}") from error
             last = run.steps == args.online_steps
             bar.update(run.steps, run.updates, sum(run.recent) / len(run.recent) if run.recent else None)
             if run.steps % args.log_every == 0:
@@ -502,8 +501,7 @@ def log(book, run, warmup, sums) -> None:
 
 
 def save(book, run) -> None:
-    state = run.learner.state_dict()
-    refuse_nonfinite(state, "learner", f"before step {run.steps}; {book.folder}/last.pt is the last good checkpoint")
+    refuse_nonfinite(state := run.learner.state_dict(), "learner", f"before step {run.steps}; {book.last_good()}")
     book.save("last.pt", {"step": run.steps, "learner": state, "run": run.state_dict()})
 
 
@@ -540,7 +538,9 @@ def main(argv=None):
         learner.load_state_dict(state["learner"])
         if args.eval:
             return run.evaluate(None, state["step"])
-        run.load_state_dict(state["run"])
+        with fitting(folder):
+            run.load_state_dict(state["run"])
+        book.amend(dataclasses.asdict(args) | {"method": "vla", "resume": None})
     if train(args, run, book):
         print(f"done: {curve(book.folder)}")
     book.close()

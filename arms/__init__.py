@@ -43,7 +43,7 @@ def make(name: str, **options):
     missing = [member for member in PROTOCOL if isinstance(maker, type) and not hasattr(maker, member)]
     try:
         arm = maker(**options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"arm '{name}' does not take these options: {error}") from error
     missing = [member for member in missing if not hasattr(arm, member)]  # LeRobot allows plain attributes
     if missing:

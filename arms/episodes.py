@@ -15,6 +15,7 @@ robomimic's own keys each has `intervention` (T,) and `requested` (T, A). Needs 
 
 Shapes: T steps, D observation, A action.
 """
+import contextlib
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from demos import hdf5
 from envs import Task
-from logbook import UserError
+from logbook import UserError, read_args
 
 
 class Take:
@@ -83,7 +84,18 @@ def layout(name, sizes, action_dim=7):
 
 def numbered(folder):
     """The episode files of a folder in the order they were played."""
-    return sorted(Path(folder).glob("episode_*.hdf5"), key=lambda path: int(re.sub(r"\D", "", path.stem)))
+    return sorted((path for path in Path(folder).glob("episode_*.hdf5") if _number(path) >= 0), key=_number)
+
+
+def _number(path):
+    found = re.fullmatch(r"episode_(\d+)", path.stem)
+    return int(found[1]) if found else -1             # a file of somebody else's
+
+
+def following(folder):
+    """Number and path of the next episode: after the last one, also where one in between was deleted."""
+    number = max(map(_number, numbered(folder)), default=-1) + 1
+    return number, Path(folder) / f"episode_{number:05d}.hdf5"
 
 
 def load(paths, task):
@@ -98,22 +110,34 @@ def load(paths, task):
 
 
 def refuse_loss(run_dir, robot):
-    """UserError if a new run in this folder would delete what a real arm has played."""
-    if robot != "sim" and (count := len(numbered(Path(run_dir) / "episodes"))):
+    """UserError if a new run, on `robot`, would delete what a real arm has played in this folder."""
+    count = len(numbered(Path(run_dir) / "episodes"))
+    with contextlib.suppress(UserError):
+        robot = read_args(run_dir).get("robot", robot) if robot == "sim" else robot
+    if count and robot != "sim":
         raise UserError(f"{run_dir} holds {count} episodes played on {robot}, which no new run deletes: move the "
                         f"folder away, or go on with --resume {run_dir}")
 
 
 def outcome(path):
     """How the episode of this file ended."""
-    return hdf5.env_args(path).get("outcome")
+    with _whole(path):
+        return hdf5.env_args(path).get("outcome")
 
 
 def length(path):
     """Steps of this file."""
     import h5py
-    with h5py.File(path, "r") as file:
+    with _whole(path), h5py.File(path, "r") as file:
         return int(file["data"].attrs["total"])
+
+
+@contextlib.contextmanager
+def _whole(path):
+    try:
+        yield
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): remove it, nothing else is lost") from error
 
 
 def reach(paths):
@@ -121,7 +145,7 @@ def reach(paths):
     import h5py
     places = []
     for path in paths:
-        with h5py.File(path, "r") as file:
+        with _whole(path), h5py.File(path, "r") as file:
             places += [file["data"][name]["obs/eef"][:, :3] for name in hdf5.names(file)]
     if not places:
         raise UserError("--box-from-demos: there are no recorded episodes in --data")
@@ -137,7 +161,7 @@ def merge(paths, out):
     with h5py.File(partial, "w") as file:
         data = file.create_group("data")
         for path in paths:
-            with h5py.File(path, "r") as source:
+            with _whole(path), h5py.File(path, "r") as source:
                 for name, value in source["data"].attrs.items():
                     data.attrs[name] = value
                 for name in hdf5.names(source):

@@ -34,6 +34,9 @@ class ScriptedPad:
         """The next event, or None."""
         return self.events.pop(0) if self.events else None
 
+    def forget(self):
+        """Before a question: only what is pressed from now on answers it. A script has no old keys."""
+
     def wait(self, seconds):
         """The next event within so many seconds, or None."""
         end = time.monotonic() + seconds
@@ -76,10 +79,17 @@ class TerminalPad(ScriptedPad):
             pass                                      # the terminal is gone, and its mode with it
 
     def poll(self):
-        """The oldest event not yet asked for, or None."""
+        """The oldest event not yet asked for, or None; a stop overtakes all that was pressed before it."""
         if not self.gone:
             self._read()
+        if "stop" in self.events:
+            self.events = ["stop"]
         return super().poll()
+
+    def forget(self):
+        if not self.gone:
+            self._read()
+        self.events = [event for event in self.events if event in ("quit", "stop")]
 
     def _read(self):
         try:

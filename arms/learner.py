@@ -28,7 +28,8 @@ from torch import multiprocessing
 
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from flow_policy import FlowPolicy
-from logbook import Interrupt, Progress, UserError, load_checkpoint, refuse_nonfinite, save_checkpoint
+from logbook import (Interrupt, Progress, UserError, load_checkpoint, refuse_nonfinite, save_checkpoint,
+                     usable_device)
 from poco import e_step, m_step_loss, posterior_weights
 from replay import FIELDS, ChunkReplay
 
@@ -112,8 +113,7 @@ class Learner:
         files = numbered(args.data) if Path(args.data).is_dir() else [args.data]
         if not files or not Path(files[0]).exists():
             raise UserError(f"no demonstrations in {args.data}: python robot.py record --task {args.task} makes them")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device if args.device == "auto" else args.device)
+        self.device = usable_device(args.device, mps=False)
         torch.manual_seed(args.seed)
         data = load(files, task)
         self.replay = ChunkReplay(len(data["obs"]) + args.capacity, task.obs_dim, task.action_dim, args.horizon,
@@ -348,7 +348,7 @@ class Background:
 
 def serve(settings, task, connection, shared, lock, version):
     """The second process: learn while updates are owed, publish every 20, save now and then and at the end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)             # the arm's process decides when to stop
     os.nice(5)
     args, running = types.SimpleNamespace(**settings), True

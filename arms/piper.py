@@ -95,7 +95,8 @@ class PiperArm:
             raise UserError(f"grip is 0 to 5 N m, got {grip}")
         self.channel, self.bus, self.speed, self.crash_protection = channel, bus, int(speed), int(crash_protection)
         self.grip, self.timeout, self.dh_is_offset = float(grip), float(timeout), int(dh_is_offset)
-        self.rest, self._range = np.array(rest, dtype=np.float64), limits()
+        self.rest = np.array(rest.split(",") if isinstance(rest, str) else rest, dtype=np.float64)  # 0,0.1,... as text
+        self._range = limits()
         self.kinematics = Kinematics(self.dh_is_offset, *(() if tool is None else (float(tool),)))
         sources = {"front": front, "wrist": wrist}
         self._cameras = {name: Camera(source, int(size)) for name, source in sources.items() if source is not None}
@@ -142,12 +143,17 @@ class PiperArm:
 
     def configure(self) -> None:
         """Enables the motors where the arm is: the target is the measured pose before there is torque."""
+        def enabled():
+            self.hold()  # in every try: it may have sunk meanwhile
+            return self._sdk.EnablePiper()
+
         self._check(ready=False)
-        self.hold()
-        if not _wait(self._sdk.EnablePiper, self.timeout):
+        if not _wait(enabled, self.timeout):
             raise ConnectionError(f"the motors did not enable within {self.timeout:g} s: release the emergency stop, "
                                   "look at the arm's light, power-cycle it while somebody holds it")
+        self._unsent = 0
         self._sdk.CrashProtectionConfig(*[self.crash_protection] * 6)
+        self._refuse_unsent()
         self.hold()
         obeys = _wait(lambda: self._sdk.GetArmStatus().arm_status.ctrl_mode == 1, self.timeout)
         if not obeys:

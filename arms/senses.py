@@ -112,6 +112,8 @@ class Senses:
     def _age(self, name, raw):
         """Seconds since this source last said something new; a camera without a stamp is judged by its pixels."""
         stamp = raw["stamp"] if name == "stamp" else raw.get(f"{name}.stamp")
+        if stamp is not None and not np.isfinite(stamp):
+            return np.inf                             # equal to nothing, it would look new for ever
         mark = zlib.crc32(np.ascontiguousarray(raw[name])) if stamp is None else stamp
         now = self.pace.now()
         if self.seen.get(name, (None,))[0] != mark:

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 import arms
-from logbook import UserError, read_args
+from logbook import UserError, check_numbers, read_args, usable_device
 
 # Table III: episode limit and box (cm). Table V: the last two, on a vision-language backbone; sizes of its head: ours.
 VLA = dict(episode_limit=200, box_size=(40, 40, 40), horizon=10, batch_size=64, online_learning_rate=5e-5,
@@ -34,10 +34,7 @@ PRESETS = {"paper": {}, "cpu": dict(                                       # our
 VLA_CPU = dict(horizon=5, batch_size=32, learning_rate=1e-3, online_learning_rate=1e-3, critic_learning_rate=1e-3,
                pretrain_steps=1500, warmup_updates=1000, updates_per_step=0.5, capacity=5000)   # as in vla_head.py
 
-POSITIVE = ("episode_limit", "horizon", "max_step", "max_turn", "max_joint_speed", "leash", "cone", "hidden", "layers",
-            "heads", "flow_steps", "batch_size", "learning_rate", "online_learning_rate", "critic_learning_rate",
-            "updates_per_step", "num_candidates", "temperature", "discount", "tau", "policy_tau", "capacity",
-            "save_every")
+LEAST = dict(temperature=1e-6, clip=0.0, guidance=0.0, pessimism=0.0, seed=0, episodes=0, warmup_updates=0)
 
 
 @dataclass
@@ -128,9 +125,14 @@ def parse(argv, description):
         small = VLA_CPU if preset == "cpu" and TASKS[task] is VLA else {}
         default = Args(task=task, preset=preset, **TASKS[task] | PRESETS[preset] | small)
     args = tyro.cli(Args, args=argv, default=default, description=description)
-    for name in POSITIVE:
-        if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a number greater than 0, got {getattr(args, name)}")
+    check_numbers(args, LEAST)
+    usable_device(args.device, mps=False)
+    if args.capacity < args.horizon:
+        raise UserError(f"--capacity {args.capacity} cannot hold one chunk of --horizon {args.horizon} steps")
+    if not all(0 < side < math.inf for side in args.box_size):
+        raise UserError(f"--box-size is three lengths in cm, got {' '.join(map(str, args.box_size))}")
+    if not all(map(math.isfinite, args.box_center or ())):
+        raise UserError(f"--box-center is a place in cm, got {' '.join(map(str, args.box_center))}")
     if not args.realtime and args.robot != "sim":
         raise UserError(f"--no-realtime is for the simulated arm: {args.robot} cannot wait for the learner")
     if args.backbone is not None and args.observe == "state":

@@ -72,7 +72,7 @@ class ChunkMemory:
     def __init__(self, args, policy):
         task, cells = envs.TASKS[args.task], args.horizon * policy.action_dim
         self.args, self.shape = args, (args.horizon, policy.action_dim)
-        self.replay = ChunkReplay(args.capacity // args.horizon + 1, task.obs_dim, cells, 1,
+        self.replay = ChunkReplay(args.capacity // args.horizon + 1, task.obs_dim, cells + 1, 1,
                                   args.discount ** args.horizon, policy.obs_mean.device)
         self.obs, self.reward, self.steps = np.zeros(task.obs_dim, np.float32), 0.0, 0
 
@@ -84,7 +84,9 @@ class ChunkMemory:
         self.reward += args.discount ** self.steps * (move.reward + args.reward_offset)
         self.steps += 1
         if ended or self.steps == args.horizon:
-            self.replay.add(self.obs, noise.flatten(), self.reward, move.next_obs, move.terminated, move.truncated)
+            longer = args.discount ** (self.steps - args.horizon)          # fewer steps to bootstrap over
+            self.replay.add(self.obs, np.append(noise, longer), self.reward, move.next_obs, move.terminated,
+                            move.truncated)
             self.steps = 0
 
     def sample(self, batch_size, generator):
@@ -92,7 +94,8 @@ class ChunkMemory:
         if len(self.replay) == 0:
             return None
         batch = self.replay.sample(batch_size, generator)
-        return batch._replace(chunk=batch.chunk.reshape(-1, *self.shape))
+        noise, longer = batch.chunk[:, 0, :-1], batch.chunk[:, 0, -1]
+        return batch._replace(chunk=noise.reshape(-1, *self.shape), bootstrap=batch.bootstrap * longer)
 
     def state_dict(self):
         return {"replay": self.replay.state_dict(), "obs": torch.as_tensor(self.obs), "reward": float(self.reward),

@@ -1,6 +1,6 @@
 """A run's folder: arguments, CSV files, TensorBoard, atomic checkpoints, exact resume, the learning curve.
 
-    from logbook import Logbook, UserError, cli, curve, fitting, load_checkpoint, save_checkpoint       # this file
+    from logbook import Logbook, UserError, cli, curve, load_checkpoint, save_checkpoint       # this file, and others
     from logbook import Clock, Interrupt, Progress                                             # console.py
     from logbook import Report                                                                 # report.py
 
@@ -20,6 +20,7 @@ import contextlib
 import csv
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -40,6 +41,36 @@ RUN_FILES = ["args.json", "progress.csv", "eval.csv", "last.pt", "best.pt", "cur
 
 class UserError(Exception):
     """A mistake the user can repair: the message says what is wrong and what to do; no traceback is shown."""
+
+
+def check_numbers(args, least, free=("reward_offset",)):
+    """Refuse what could only fail later. Numbers of the dataclass `args` are finite and greater than 0, but for those
+    in `least`, {name: minimum, and infinity is allowed}, and `free`, which only have to be finite.
+    """
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if name == "demo_share" and not 0 <= value <= 1:
+            raise UserError(f"{option} is between 0 and 1, got {value}")
+        if name in least and not value >= least[name]:
+            raise UserError(f"{option} must be at least {least[name]:g}, got {value}")
+        if name in free and not math.isfinite(value):
+            raise UserError(f"{option} must be a finite number, got {value}")
+        if name not in ("demo_share", *least, *free) and not 0 < value < math.inf:
+            raise UserError(f"{option} must be a number greater than 0, got {value}")
+
+
+def usable_device(name, mps=True):
+    """The torch device of this name, auto for the best one (mps: Apple's too); UserError where it cannot be used."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if mps and torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(best if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); --device auto takes "
+                        f"{best}") from error
+    return device
 
 
 def cli(main):

@@ -432,14 +432,16 @@ def test_dsrl_sac_remembers_one_noise_for_each_chunk_with_its_discounted_rewards
         step(i, 0)                                           # a whole chunk
     step(3, 1)
     step(4, 1, terminated=True)                              # cut after two of three steps
-    step(9, 2)                                               # only begun
+    step(9, 2)
+    step(10, 2, truncated=True)                              # cut, too, but goes on in the value
+    step(20, 0)                                              # only begun
     data = agent.memory.replay.data
-    assert len(agent.memory.replay) == 2
-    assert data["obs"][:2, 0].tolist() == [0, 3] and data["next_obs"][:2, 0].tolist() == [3, 5]
-    assert data["action"][:2].tolist() == [[0.0] * 3, [1.0] * 3]
+    assert len(agent.memory.replay) == 3
+    assert data["obs"][:3, 0].tolist() == [0, 3, 9] and data["next_obs"][:3, 0].tolist() == [3, 5, 11]
+    assert data["action"][:3, :3].tolist() == [[0.0] * 3, [1.0] * 3, [2.0] * 3]
     assert data["reward"][:2].tolist() == [0.75 * 1.75, 0.75 * 1.5] and data["terminated"][:2].tolist() == [0, 1]
     batch = agent.draw(None, 32, torch.Generator().manual_seed(0))
-    assert batch.chunk.shape == (32, HORIZON, ACTION) and set(batch.bootstrap.tolist()) == {0.0, 0.125}
+    assert batch.chunk.shape == (32, HORIZON, ACTION) and set(batch.bootstrap.tolist()) == {0.0, 0.125, 0.25}
 
 
 # ---- the loop they share ---------------------------------------------------------------------------------------------

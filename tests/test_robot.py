@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import robot
 from arms.keypad import TerminalPad, events, open_keypad
 from arms.kinematics import Kinematics, rotation_vector
 from arms.senses import PERIOD, Pace, rotation_matrix
 from logbook import UserError
-from robot import OPEN, Guard
+from arms.guard import OPEN, SLACK, TWIST, Guard
 
 DOWN = np.diag([-1.0, 1.0, -1.0])
 LIMITS = dict(cone=np.radians(30), max_step=0.015, max_turn=np.radians(4), max_joint_speed=np.radians(90), leash=0.04)
@@ -125,8 +124,8 @@ def test_an_ordinary_action_runs_as_asked_and_is_reported_so():
         place, turned = KINEMATICS.fk(guard.joints)
         target, gripper = guard.step(wanted, guard.joints)
         there, there_turned = KINEMATICS.fk(target)
-        np.testing.assert_allclose(there - place, wanted[:3] * 0.015 / robot.SLACK, atol=1e-5)
-        np.testing.assert_allclose(there_turned, rotation_matrix(wanted[3:6] * np.radians(4) / robot.SLACK) @ turned,
+        np.testing.assert_allclose(there - place, wanted[:3] * 0.015 / SLACK, atol=1e-5)
+        np.testing.assert_allclose(there_turned, rotation_matrix(wanted[3:6] * np.radians(4) / SLACK) @ turned,
                                    atol=1e-5)
         np.testing.assert_allclose(guard.sent(target, gripper), wanted, atol=2e-3)
     assert not guard.counts
@@ -137,7 +136,7 @@ def test_what_is_reported_is_what_ran_when_the_box_cuts_it_short():
     for _ in range(6):
         place = KINEMATICS.fk(guard.joints)[0]
         applied = guard.sent(*guard.step([0, 0, 1, 0, 0, 0, 0], guard.joints))
-        ran = (KINEMATICS.fk(guard.joints)[0] - place) * robot.SLACK / 0.015
+        ran = (KINEMATICS.fk(guard.joints)[0] - place) * SLACK / 0.015
         np.testing.assert_allclose(applied[:3], ran, atol=1e-6)
     assert guard.counts["box"] and abs(applied[2]) < 0.01 and KINEMATICS.fk(guard.joints)[0][2] <= 0.03
 
@@ -159,6 +158,17 @@ def test_the_leash_brings_the_command_back_to_an_arm_that_is_held_fast():
         guard.sent(*guard.step([0, 0, -1, 0, 0, 0, 0], HOME))
         assert np.linalg.norm(KINEMATICS.fk(guard.joints)[0] - KINEMATICS.fk(HOME)[0]) <= 0.04 + 1e-4
     assert guard.counts["leash"] > 20
+    drives = [*np.eye(6)[3:], *-np.eye(6)[3:], *np.random.default_rng(0).choice([-1, 0, 1], (20, 6))]
+    for drive in drives:                                              # a rotation out of reach is no way out either
+        guard = make_guard(box=np.array([[0.1, -0.2, -0.2], [0.5, 0.2, 0.1]]))
+        for _ in range(60):
+            guard.sent(*guard.step([*drive, 0], HOME))
+            (place, turned), (there, facing) = KINEMATICS.fk(guard.joints), KINEMATICS.fk(HOME)
+            assert np.linalg.norm(place - there) <= 0.04 + 1.1e-4
+            assert np.linalg.norm(rotation_vector(turned @ facing.T)) <= TWIST + 1e-3
+    guard = make_guard()
+    for _ in range(30):
+        guard.sent(*guard.step([0, 0, -1, 0, 0, 0, 0], HOME))
     pushed = HOME + [0.1, 0, 0, 0, 0, 0]                              # pushed away: the command follows
     gap = [np.linalg.norm(KINEMATICS.fk(guard.joints)[0] - KINEMATICS.fk(pushed)[0])]
     for _ in range(10):
@@ -218,11 +228,25 @@ def test_every_key_of_a_terminal_is_latched_and_the_terminal_restored(terminal):
     mode = termios.tcgetattr(theirs)
     with TerminalPad(theirs) as keypad:
         assert keypad.poll() is None
-        os.write(ours, b"s0d q\x1b[Azx")                           # an arrow key and z are nobody's
+        os.write(ours, b"s0d q\x1b[Az")                            # an arrow key and z are nobody's
         time.sleep(0.05)
-        assert [keypad.poll() for _ in range(7)] == ["success", "fail", "discard", "pause", "quit", "stop", None]
+        assert [keypad.poll() for _ in range(6)] == ["success", "fail", "discard", "pause", "quit", None]
         assert termios.tcgetattr(theirs)[3] != mode[3]
     assert termios.tcgetattr(theirs)[3] == mode[3]
+
+
+def test_a_stop_overtakes_what_was_pressed_before_and_a_question_forgets_it(terminal):
+    ours, theirs = terminal
+    with TerminalPad(theirs) as keypad:
+        os.write(ours, b" " * 30 + b"x")
+        time.sleep(0.05)
+        assert [keypad.poll(), keypad.poll()] == ["stop", None]
+        os.write(ours, b"  sq")
+        time.sleep(0.05)
+        keypad.forget()
+        assert [keypad.poll(), keypad.poll()] == ["quit", None]
+        os.write(ours, b" ")
+        assert keypad.wait(5) == "pause"
 
 
 def test_a_terminal_that_disappears_is_noticed(terminal):

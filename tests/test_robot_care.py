@@ -1,8 +1,11 @@
 """What must not go wrong silently on an arm: a start outside the box, lost recordings, a starved learner, a failure."""
+import io
 import multiprocessing
 import os
+import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +15,14 @@ import pytest
 import torch
 
 import robot
-from arms.episodes import Take, layout, load, refuse_loss
+from arms.episodes import Take, following, layout, length, load, merge, numbered, outcome, reach, refuse_loss
 from arms.keypad import ScriptedPad
 from arms.learner import STARVED, Acting, Background, networks
 from arms.senses import JOINTS, PERIOD, Pace, Senses
 from arms.settings import open_arm, parse
+from arms.sim import SimArm
 from logbook import Interrupt, UserError
+from robot import LATE
 
 ROOT = Path(__file__).parent.parent
 TOY = ("--preset cpu --task insert-usb --hidden 32 --layers 2 --flow-steps 2 --batch-size 16 --num-candidates 4 "
@@ -26,10 +31,21 @@ ASIDE = "--box-center 36 3 -2 --box-size 8 8 8".split()                     # cm
 
 
 @pytest.mark.parametrize("flags", ("--updates-per-step inf", "--updates-per-step nan", "--heads 0", "--leash -1",
-                                   "--learning-rate 0"))
+                                   "--learning-rate 0", "--threads 0", "--pretrain-steps 0", "--max-turn nan"))
 def test_settings_that_could_only_fail_later_are_refused(flags):
     with pytest.raises(UserError, match=f"{flags.split()[0]} must be a number greater than 0, got {flags.split()[1]}"):
         parse(["train", *TOY, *flags.split()], "")
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--clip nan", "at least 0, got nan"), ("--guidance -1", "at least 0"), ("--pessimism nan", "at least 0"),
+    ("--temperature 1e-9", "at least 1e-06"), ("--seed -1", "at least 0"), ("--demo-share 2", "between 0 and 1, got 2"),
+    ("--reward-offset nan", "a finite number"), ("--capacity 2", "cannot hold one chunk"),
+    ("--device gpu", "cannot be used here"), ("--box-size nan nan nan", "three lengths in cm"),
+    ("--box-center inf 0 0", "a place in cm"), ("--options size=abc", "does not take these options")])
+def test_so_are_these(flags, told):
+    with pytest.raises(UserError, match=f"{flags.split()[0]} .*{told}|{told}"):
+        open_arm(parse(["train", *TOY, *flags.split()], ""))
 
 
 # ---- a start outside the box
@@ -70,10 +86,23 @@ def test_recover_does_not_move_an_arm_whose_zero_is_wrong():
 
 
 def test_recover_gives_up_when_the_middle_of_the_box_is_out_of_reach():
-    far, _ = rig("--recover", "--box-center", "120", "0", "0")
-    with pytest.raises(UserError, match="outside its limits|did not reach"), far:
+    far, sent = rig("--recover", "--box-center", "120", "0", "0")
+    with pytest.raises(UserError, match="cannot reach the middle of the box"), far:
         pass
-    assert not far.robot.is_connected
+    assert not sent and not far.robot.is_connected
+
+
+def test_quitting_ends_a_recovery_at_once():
+    inside, sent = rig("--recover")
+    send = inside.robot.send_action
+
+    def quit_at_three(action):
+        inside.interrupt.stop = len(sent) >= 2
+        return send(action)
+    inside.robot.send_action = quit_at_three
+    with pytest.raises(UserError, match="did not reach"), inside:
+        pass
+    assert len(sent) == 3
 
 
 # ---- recordings
@@ -86,6 +115,9 @@ def test_episodes_of_a_real_arm_are_never_overwritten(tmp_path):
         refuse_loss(tmp_path, "piper")
     refuse_loss(tmp_path, "sim")
     refuse_loss(tmp_path / "none", "piper")
+    (tmp_path / "args.json").write_text('{"args": {"robot": "piper"}}')             # whoever asks
+    with pytest.raises(UserError, match="1 episodes played on piper.*move the folder away"):
+        refuse_loss(tmp_path, "sim")
     assert file.read_bytes() == b"an afternoon"
 
 
@@ -100,6 +132,210 @@ def test_train_refuses_before_it_writes_anything(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="move the folder away"):
         robot.main(command)
     assert episode.exists() and not (tmp_path / "run" / "args.json").exists()
+
+
+def test_episodes_are_numbered_after_the_last_one_and_others_files_are_left_alone(tmp_path):
+    assert following(tmp_path) == (0, tmp_path / "episode_00000.hdf5")
+    for name in ("episode_00000.hdf5", "episode_00003.hdf5", "episode_bad.hdf5", "episode_00001.hdf5"):
+        (tmp_path / name).touch()
+    assert [path.name[8:13] for path in numbered(tmp_path)] == ["00000", "00001", "00003"]
+    assert following(tmp_path) == (4, tmp_path / "episode_00004.hdf5")
+
+
+@pytest.mark.parametrize("read", [outcome, length, lambda path: merge([path], path.parent / "all.hdf5"),
+                                  lambda path: reach([path])])
+def test_a_torn_episode_is_named(tmp_path, read):
+    torn = tmp_path / "episode_00000.hdf5"
+    torn.write_bytes(b"half of an afternoon")
+    with pytest.raises(UserError, match="episode_00000.hdf5 is damaged"):
+        read(torn)
+
+
+# ---- an arm that is no simulation: it cannot be reset, knows no success, and somebody places the object
+
+class Plain:
+    """The ten members of the protocol and no more."""
+
+    is_calibrated = True
+
+    def __init__(self, realtime):
+        self.inner = SimArm(task="peg", cameras=False, realtime=realtime)
+        self.sent, self.reading, self.overlaps, self.slow = [], False, 0, 0.0
+        self.rest, self.kinematics, self.action_features = self.inner.rest, self.inner.kinematics, {}
+        self.observation_features = {name: kind for name, kind in self.inner.observation_features.items()
+                                     if not name.startswith("object")}
+
+    is_connected = property(lambda self: self.inner.is_connected)
+    calibrate = configure = lambda self: None
+
+    def connect(self, calibrate=True):
+        self.inner.connect()
+
+    def get_observation(self):
+        self.reading = True
+        time.sleep(self.slow)
+        self.reading = False
+        return self.inner.get_observation()
+
+    def send_action(self, action):
+        self.overlaps += self.reading
+        self.sent.append([action[name] for name in JOINTS])
+        return self.inner.send_action(action)
+
+    def disconnect(self):
+        self.inner.disconnect()
+
+
+class Person(ScriptedPad):
+    """Does `answer` whenever the arm waits for a key."""
+
+    def __init__(self, answer, events=()):
+        super().__init__(events)
+        self.answer = answer
+
+    def wait(self, seconds):
+        self.answer(self)
+        return self.poll()
+
+
+def space(person):
+    person.events.insert(0, "pause")
+
+
+def plain(person, realtime=False, teleop=None):
+    args = parse(["train", *TOY, "--episode-limit", "10"], "")
+    args.realtime, arm = realtime, Plain(realtime)
+    return robot.Rig(args, arm, Senses(arm, arm.kinematics, Pace(realtime)), person, teleop, Interrupt(), False), arm
+
+
+def ahead(obs):
+    return np.tile(np.array([0.5, 0, 0, 0, 0, 0, -0.5], np.float32), (4, 1))
+
+
+def test_no_command_of_the_policy_before_somebody_agreed():
+    lost, arm = plain(Person(lambda person: setattr(person, "gone", True)))
+    with pytest.raises(UserError, match="keypad is gone"), lost:
+        lost.episode(ahead, 0)
+    assert np.ptp(arm.sent, axis=0).max() < 1e-9                                     # only holds
+    for key in ("quit", "stop"):
+        asked, arm = plain(Person(lambda person: person.events.append(key)))
+        with asked:
+            take = asked.episode(ahead, 0)
+            assert take.outcome == key and take.steps == 0 and asked.stopped == (key == "stop")
+    told = []
+    eager, _ = plain(Person(space))
+    eager.keypad.forget = lambda: told.append("forgotten")
+    with eager:
+        eager.episode(ahead, 0)
+    assert told == ["forgotten"]
+
+
+@pytest.mark.parametrize("key", ["quit", "stop"])
+def test_a_key_on_the_way_to_the_start_ends_the_session_there(key):
+    asked, arm = plain(Person(space, [None, None, key]))
+    with asked:
+        asked.home = asked.home + [0.4, 0, 0, 0, 0, 0]
+        take = asked.episode(ahead, 0)
+        assert take.outcome == key and take.steps == 0 and len(arm.sent) == 3
+    assert (len(arm.sent) == 4) == (key == "stop")                                   # after q the way to rest
+
+
+def test_x_is_obeyed_on_the_way_out_too():
+    leaving, arm = plain(Person(space))
+    with leaving:
+        leaving.interrupt.stop, leaving.rest = True, leaving.rest + [0.5, 0, 0, 0, 0, 0]
+        assert leaving.episode(ahead, 0).outcome == "quit"
+        leaving.keypad.events, before = [None, None, "stop"], len(arm.sent)
+    assert len(arm.sent) - before == 1 + 3
+
+
+def test_a_tele_operator_without_a_number_is_no_command():
+    class Broken:
+        def get_action(self):
+            return dict.fromkeys(JOINTS, np.nan) | {"gripper.pos": 0.0}
+    held, arm = plain(Person(space), teleop=Broken())
+    with held:
+        take = held.episode(None, 0)
+        assert take.outcome == "timeout" and held.guard.counts["nonfinite"] == 10
+        assert np.ptp(arm.sent, axis=0).max() < 1e-9
+
+
+def test_the_watchdog_repeats_the_last_target_and_never_while_the_driver_is_read():
+    watched, arm = plain(Person(space), realtime=True)
+    asked = []
+
+    def act(obs):
+        asked.append(len(arm.sent))
+        if len(asked) == 2:
+            time.sleep(0.5)                                                          # five periods of silence
+            asked.append(np.ptp(arm.sent[asked[1] - 1:], axis=0).max())
+        arm.slow = 0.4 * (len(asked) == 5)                                           # so has the driver
+        return ahead(obs)[:1]
+    with watched:
+        watched.episode(act, 0)
+    assert watched.trips >= 2 and asked[2] < 1e-9 and arm.overlaps == 0 and "watchdog" in watched.status()
+
+
+def test_what_a_policy_made_of_an_old_view_is_not_executed(capfd):
+    late, arm = plain(Person(space), realtime=True)
+    calls = []
+
+    def act(obs):
+        calls.append(len(arm.sent))
+        time.sleep((LATE + 0.1) * (len(calls) == 2))
+        return ahead(obs)
+    with late:
+        take = late.episode(act, 0)
+    assert take.dropped == 1 and [len(piece["action"]) for piece in take.pieces] == [4, 6]
+    assert "HOLDING: the policy took 1." in capfd.readouterr().err and late.guard.counts["late"] == 1
+
+
+def test_a_stamp_that_is_no_number_is_stale():
+    arm = Plain(True)
+    arm.connect()
+    senses, frozen = Senses(arm, arm.kinematics, Pace(True)), arm.get_observation() | {"stamp": np.nan}
+    arm.get_observation = lambda: frozen
+    assert senses.read(arm) is None and "nothing new" in senses.fault
+
+
+def test_whatever_the_terminal_the_arm_is_left_in_order(monkeypatch):
+    class Gone(io.TextIOBase):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+    left, arm = plain(Person(space))
+    with pytest.raises(ZeroDivisionError), left:
+        monkeypatch.setattr(sys, "stderr", Gone())
+        left.episode(lambda obs: 1 / 0, 0)
+    assert np.allclose(arm.sent[-1], arm.rest, atol=1e-3) and not arm.is_connected
+
+
+def test_a_real_arm_needs_a_keypad(monkeypatch):
+    monkeypatch.setattr(robot, "open_arm", lambda args: (Plain(False), None))
+    with pytest.raises(UserError, match="--keypad none is for a simulated arm"):
+        with robot.session(parse(["train", *TOY, "--keypad", "none"], "")):
+            pass
+
+
+def test_a_closed_terminal_is_a_lost_keypad_and_the_arm_is_left_in_order(tmp_path):
+    """The terminal that the program runs in, so the kernel sends SIGHUP as well."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        code = ("import sys, arms.sim, robot; from logbook import cli; from pathlib import Path\n"
+                "leave = arms.sim.SimArm.disconnect\n"
+                f"def told(arm):\n    leave(arm); Path({str(tmp_path / 'left')!r}).touch()\n"
+                "arms.sim.SimArm.disconnect = told\n"
+                f"sys.argv = {['robot.py', 'record', *TOY, '--keypad', 'terminal', '--episodes', '50']!r}\n"
+                f"sys.argv.remove('--no-realtime'); sys.argv += ['--data', {str(tmp_path / 'data')!r}]\n"
+                "cli(robot.main)")
+        os.execve(sys.executable, [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(ROOT)})
+    seen, end = b"", time.monotonic() + 60
+    while b"box" not in seen and time.monotonic() < end:
+        seen += os.read(terminal, 4096)
+    time.sleep(0.5)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFEXITED(status), "the hang-up killed it"
+    assert (tmp_path / "left").exists()
 
 
 # ---- a starved learner

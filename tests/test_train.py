@@ -333,11 +333,11 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
         "no such device": ([*start, "--device", "gpu"], "--device gpu cannot be used here"),
         "fewer than no threads": ([*start, "--threads", "-1"], "--threads must be at least 0, got -1"),
         "a negative seed": ([*start, "--seed", "-1"], "--seed must be at least 0, got -1"),
-        "no steps": ([*start, "--online-steps", "0"], "--online-steps must be greater than 0"),
+        "no steps": ([*start, "--online-steps", "0"], "--online-steps must be a number greater than 0, got 0"),
         "a run is there": ([*start, "--run-dir", str(uninterrupted)], "--overwrite"),
         "unwritable folder": ([*start, "--run-dir", str(tmp_path / "file" / "run")], "file"),
         "temperature 0": ([*start, "--temperature", "0", "--warmup-steps", "0"], "temperature"),
-        "endless updates": ([*start, "--updates-per-step", "inf"], "--updates-per-step must be a finite number"),
+        "endless updates": ([*start, "--updates-per-step", "inf"], "--updates-per-step must be a number greater"),
         "more than a whole batch": ([*start, "--demo-share", "1.5"], "--demo-share is between 0 and 1"),
     }
 
