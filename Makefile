@@ -5,7 +5,7 @@ RUN = .venv/bin/python
 .PHONY: lift test demo clean
 
 lift: .venv/ready
-	$(RUN) train_online.py --task lift
+	$(RUN) train_online.py --task lift --preset cpu
 
 test: .venv/ready
 	$(RUN) -m pytest

@@ -1,4 +1,4 @@
-"""POCO on an arm (paper Sec. V-B, Table III), and on the same arm without hardware: record, train, eval.
+"""POCO on an arm (paper Sec. V-A2 and V-D, Table III), and on the same arm without hardware: record, train, eval.
 
     python robot.py record --task insert-usb                       # 30 demonstrations on the simulated arm, 1 minute
     python robot.py train --task insert-usb --no-realtime          # stage I, warm-up, POCO; 20 minutes on two cores

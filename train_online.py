@@ -278,15 +278,16 @@ def train(args, agent, data, clock, book, state=None, world_class=Interaction):
             step, last = world.steps, world.steps == args.online_steps
             bar.stage = "critic warm-up" if warmup else agent.name
             bar.update(step, report.updates, world.success())
-            if step % args.log_every == 0:
-                report.write(step, warmup=int(warmup), success=world.success(), episodes=world.episodes)
+            rate = -1.0
             if step % args.eval_every == 0 or last:
                 with clock("eval"):
                     episodes = args.final_episodes if last else args.eval_episodes
                     rate = evaluate(args, agent, evaluator, episodes, step, book, bar)
-                if rate > report.best and not warmup:
-                    report.best = rate
-                    save(book, "best.pt", agent, world, report)
+            if step % args.log_every == 0:                    # after the evaluation, whose time belongs to it
+                report.write(step, warmup=int(warmup), success=world.success(), episodes=world.episodes)
+            if rate > report.best and not warmup:
+                report.best = rate
+                save(book, "best.pt", agent, world, report)
             if step % args.save_every == 0 or last or interrupt.stop:
                 save(book, "last.pt", agent, world, report)
             if interrupt.stop and not last:
@@ -336,6 +337,7 @@ def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy, world_c
         policy = make_policy(args, device)
     else:
         state = None
+        Logbook.refuse_existing(folder, args.overwrite)       # now, not after stage I
         policy = load(args, device, data)
         if policy is None:
             return

@@ -337,7 +337,7 @@ def parse(argv=None) -> Args:
         first.add_argument(name)
     known, _ = first.parse_known_args(argv)
     stored, fresh = known.resume or known.eval, CPU if known.preset in (None, "cpu") else {"preset": "paper"}
-    values = read_args(stored) | {"overwrite": False} if stored else fresh
+    values = read_args(stored, method="vla") | {"overwrite": False} if stored else fresh
     names = {field.name for field in dataclasses.fields(Args)}
     default = Args(**{name: value for name, value in values.items() if name in names})
     args = tyro.cli(Args, args=argv, description=__doc__, default=default)

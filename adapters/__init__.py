@@ -51,6 +51,12 @@ class Prefix:
                       [tuple(part.repeat_interleave(count, 0) for part in layer) for layer in self.cache])
 
 
+def action_limit(config) -> float:
+    """Where LeRobot's normalised actions end: 5 deviations, or 1 where quantiles or extremes were mapped to [-1, 1]."""
+    mode = config.normalization_mapping["ACTION"]
+    return 5.0 if getattr(mode, "value", mode) == "MEAN_STD" else 1.0
+
+
 class Adapter(FlowPolicy):
     """
     A library's policy as a FlowPolicy. A subclass sets `head` (names of the trained modules), `backwards`, `encode`

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adapters import Adapter, Prefix, cache_of, parts_of
+from adapters import Adapter, Prefix, action_limit, cache_of, parts_of
 
 
 class Pi05(Adapter):
@@ -25,7 +25,7 @@ class Pi05(Adapter):
     def __init__(self, library, action_dim: int, group: int = 4, processors=(None, None)):
         config = library.config
         super().__init__(library, library.model, action_dim, config.chunk_size, config.max_action_dim,
-                         config.num_inference_steps, 1.0, group, processors)
+                         config.num_inference_steps, action_limit(config), group, processors)
 
     @classmethod
     def load(cls, folder, action_dim: int, horizon: int | None = None) -> Pi05:

@@ -4,8 +4,8 @@ LeRobot's SmolVLA (0.6.1): SmolVLM frozen, the action expert trained.
     policy = SmolVLA.load("smolvla_base", action_dim=6, horizon=10)
 
 The state is a token of the prefix, projected by `state_proj`: that projection is frozen here, because a prefix that
-depends on a trained weight would be stale after one update and would hide the weight's gradient. Actions are normalised
-by mean and deviation, so samples are clipped at 5 deviations, not at 1.
+depends on a trained weight would be stale after one update and would hide the weight's gradient. Actions are
+usually normalised by mean and deviation, and samples then clipped at 5 deviations, not at 1.
 Not here: pi0.5 (pi05.py).
 """
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adapters import Adapter, Prefix, cache_of, parts_of
+from adapters import Adapter, Prefix, action_limit, cache_of, parts_of
 
 
 class SmolVLA(Adapter):
@@ -26,7 +26,7 @@ class SmolVLA(Adapter):
     def __init__(self, library, action_dim: int, group: int = 4, processors=(None, None)):
         config = library.config
         super().__init__(library, library.model, action_dim, config.chunk_size, config.max_action_dim, config.num_steps,
-                         5.0, group, processors)
+                         action_limit(config), group, processors)
 
     @classmethod
     def load(cls, folder, action_dim: int, horizon: int | None = None) -> SmolVLA:

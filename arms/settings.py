@@ -11,6 +11,7 @@ import argparse
 import importlib
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -115,7 +116,7 @@ def parse(argv, description):
         folder = given.run_dir or f"runs/{task}-robot-s{given.seed or 0}"
     if folder is not None:
         names = {field.name for field in fields(Args)}
-        known = {name: value for name, value in read_args(folder).items() if name in names}
+        known = {name: value for name, value in read_args(folder, method="robot").items() if name in names}
         known |= {"role": "train"} if given.resume else {"role": "eval", "episodes": 0, "run_dir": folder}
         default = Args(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
     else:
@@ -139,6 +140,8 @@ def parse(argv, description):
         raise UserError(f"--observe state: {args.task} is seen by a vision-language backbone, which needs pictures")
     args.observe = "vision" if args.backbone is not None else args.observe
     args.data = args.data or f"data/{args.task}-{args.robot.rpartition(':')[2]}"
+    if args.role == "record" and Path(args.data).is_file():
+        raise UserError(f"--data {args.data} is a file: record writes one file per episode into a folder")
     args.run_dir = args.resume or args.run_dir or f"runs/{args.task}-robot-s{args.seed}"
     args.episodes = args.episodes or {"record": 30, "train": 200, "eval": 20}[args.role]
     return args
@@ -156,6 +159,8 @@ def open_arm(args):
         task = "cube" if args.task in ("pick-cube", "pick-pen") else "peg"
         options = {"task": task, "seed": args.seed, "cameras": None if args.observe == "vision" else False,
                    "realtime": args.realtime} | options
+        if args.task not in ("pick-cube", "insert-usb"):
+            print(f"the simulated arm has a cube and a peg with its socket: {args.task} is played with the {task}")
     robot, teleop = arms.make(args.robot, **options), None
     if args.teleop is not None:
         module, _, name = args.teleop.partition(":")

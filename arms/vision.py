@@ -1,5 +1,5 @@
 """
-Pictures to features: a frozen ResNet-10, one pass over all cameras (paper Sec. V-B; its weights are not published).
+Pictures to features: a frozen ResNet-10, one pass over all cameras (paper Sec. V-A2; its weights are not published).
 
     encoder = Encoder("resnet10.pt")                      # a plain state_dict; without a file: fixed random weights
     features = encoder.features({"front": picture, "wrist": picture})         # (1, 2 * 512) float32

@@ -11,7 +11,8 @@ with --finished it shows what is there so far.
 An ablation is POCO with several values of one argument; 'poco' among them is the one with the preset's own value.
 Writes --out (default runs/compare-<task>, runs/<ablation>-<task>).csv, .md (the table), .png (environment steps on x)
 and -time.png (seconds).
-Cost on two cores, preset cpu: 5 to 10 minutes a run. Not here: behaviour cloning as a run (it is step 0 of the others).
+Cost on two cores, preset cpu, Lift: 10 to 45 minutes a run.
+Not here: behaviour cloning as a run (it is step 0 of the others).
 """
 import argparse
 import csv
@@ -66,7 +67,7 @@ def parse(argv=None):
     parser.add_argument("--task", default="lift")
     parser.add_argument("--methods", help=f"of {', '.join(METHODS)}; each may carry its own flags; default poco,qc")
     parser.add_argument("--ablation", choices=ABLATIONS, help="instead of --methods: POCO with values of this argument")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--seeds", type=int, choices=range(1, 101), metavar="N", default=3, help="how many, at least 1")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", help="where the results go, without an ending; default runs/compare-<task>, or "
                         "runs/<ablation>-<task>")

@@ -20,7 +20,7 @@ import torch
 import tyro
 
 import envs
-from logbook import Clock
+from logbook import Clock, UserError, cli
 from replay import Batch
 from train_offline import Acting, make_policy, preset_defaults, setup
 from train_online import POCO, Args
@@ -153,6 +153,8 @@ def main():
     speed = tyro.cli(Speed, description=__doc__)
     args = preset_defaults(Args, "lift", speed.preset)
     args.preset, args.threads = speed.preset, speed.threads
+    if unknown := set(speed.tasks) - set(envs.TASKS):
+        raise UserError(f"unknown tasks {', '.join(sorted(unknown))}; tasks: {', '.join(envs.TASKS)}")
     device = setup(args)
     agent = POCO(args, make_policy(args, device), Clock())
     report = {"preset": speed.preset, "device": device.type, "machine": platform.processor() or platform.machine(),
@@ -177,4 +179,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -2,13 +2,15 @@
 
     python -m benchmarks.summary benchmarks/lift/*        # one row per run: success at every evaluation, time, settings
     python -m logbook benchmarks/lift/poco-s*             # the figure
+
+Seconds are progress.csv's; the last evaluation is among them in newer runs only. Folders without eval.csv are left out.
 """
 import csv
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-from logbook import cli, read_args
+from logbook import UserError, cli, read_args
 from logbook.figure import read_run, wilson
 
 
@@ -24,6 +26,9 @@ def seconds(folder):
 
 
 def main(folders):
+    if not folders or folders[0].startswith("-"):
+        raise UserError("give run folders: python -m benchmarks.summary RUN_DIR [RUN_DIR ...]")
+    folders = [folder for folder in folders if (Path(folder) / "eval.csv").is_file()]
     runs = {folder: read_run(folder)[1] for folder in folders}        # {acting: {step: (successes, episodes)}}
     steps = sorted({step for run in runs.values() for found in run.values() for step in found})
     print("| run | act | evaluated | " + " | ".join(f"{step:,.0f}" for step in steps) + " | 95 % interval at the end |")
@@ -32,7 +37,7 @@ def main(folders):
         for acting, found in sorted(run.items()):
             percent = [f"{100 * found[step][0] / found[step][1]:.0f}" if step in found else "" for step in steps]
             low, high = wilson(*found[max(found)])
-            print(f"| {Path(folder).name} | {read_args(folder)['act']} | {acting} | " + " | ".join(percent)
+            print(f"| {Path(folder).name} | {read_args(folder).get('act', '')} | {acting} | " + " | ".join(percent)
                   + f" | {100 * low:.0f}-{100 * high:.0f} |")
     for folder in folders:
         spent = seconds(folder)

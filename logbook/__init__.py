@@ -59,6 +59,8 @@ def check_numbers(args, least, free=("reward_offset",)):
             raise UserError(f"{option} must be a finite number, got {value}")
         if name not in ("demo_share", *least, *free) and not 0 < value < math.inf:
             raise UserError(f"{option} must be a number greater than 0, got {value}")
+        if name in ("discount", "tau", "policy_tau", "chi2_tau", "gae_lambda", "denoising_discount") and value > 1:
+            raise UserError(f"{option} is at most 1, got {value}")
 
 
 def usable_device(name, mps=True):
@@ -216,9 +218,7 @@ class Logbook:
         folder, args = Path(folder), dict(args)
         book, is_new, is_begun = cls(folder, args, columns), not os.path.exists(folder), False
         try:
-            if not overwrite and any((folder / name).exists() for name in ("last.pt", "best.pt")):
-                raise UserError(f"{folder} already holds a run: continue it with --resume {folder}, "
-                                "replace it with --overwrite, or choose another folder with --run-dir DIR")
+            cls.refuse_existing(folder, overwrite)
             folder.mkdir(parents=True, exist_ok=True)
             book._write_args({"args": args, "versions": _versions()})        # first: if this fails, nothing was removed
             is_begun = True
@@ -235,6 +235,13 @@ class Logbook:
             raise UserError(f"cannot write to the run folder {folder}: {_reason(error)}; "
                             "choose another with --run-dir DIR") from error
         return book
+
+    @staticmethod
+    def refuse_existing(folder, overwrite):
+        """UserError where `create` would."""
+        if not overwrite and any((Path(folder) / name).exists() for name in ("last.pt", "best.pt")):
+            raise UserError(f"{folder} already holds a run: continue it with --resume {folder}, "
+                            "replace it with --overwrite, or choose another folder with --run-dir DIR")
 
     @classmethod
     def resume(cls, folder, columns, task=None, method=None):

@@ -135,6 +135,17 @@ def built(request, tmp_path_factory, lerobot):
     return build_smolvla(tmp_path_factory.mktemp("smolvla"))
 
 
+def test_samples_are_clipped_where_the_librarys_normalisation_ends(built):
+    policy, _ = built
+    mapping = policy.library.config.normalization_mapping
+    assert policy.limit == {"Pi05": 1.0, "SmolVLA": 5.0}[type(policy).__name__]      # their defaults
+    for mode, limit in (("MEAN_STD", 5.0), ("QUANTILES", 1.0), ("MIN_MAX", 1.0)):
+        modes = mapping | {"ACTION": type(mapping["ACTION"])(mode)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(policy.library.config, "normalization_mapping", modes)
+            assert type(policy)(policy.library, A).limit == limit
+
+
 def test_samples_equal_the_librarys_own(built):
     """Every candidate from one shared prefix equals the library's run with its noise, to 1e-5."""
     policy, reference = built
