@@ -4,6 +4,8 @@
 """
 import contextlib
 import csv
+import dataclasses
+import json
 import os
 import pickle
 import resource
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +22,8 @@ import pytest
 import torch
 
 import logbook
-from logbook import (VERSION, Clock, Interrupt, Logbook, Progress, UserError, cli, curve, load_checkpoint,
-                     save_checkpoint)
+from logbook import (VERSION, Clock, Interrupt, Logbook, Progress, UserError, check_numbers, cli, curve,
+                     load_checkpoint, save_checkpoint)
 from logbook.figure import wilson
 
 ARGS = {"task": "lift", "method": "poco", "seed": 0, "preset": "cpu", "clip": float("inf")}
@@ -221,6 +224,45 @@ def test_create_writes_arguments_versions_and_headers(book):
     assert f'"torch": "{torch.__version__.split("+")[0]}' in (book.folder / "args.json").read_text()
     assert rows(book.folder / "progress.csv") == [["step", *COLUMNS]]
     assert rows(book.folder / "eval.csv") == [["step", "acting", "seed", "success", "length", "return"]]
+
+
+def test_a_resumed_run_keeps_what_its_arguments_were(book):
+    book.amend(ARGS)
+    assert "earlier" not in (book.folder / "args.json").read_text()                 # nothing new
+    for clip in (0.3, float("inf")):
+        book.amend(ARGS | {"clip": clip, "box": (1, 2)})
+    stored = json.loads((book.folder / "args.json").read_text())
+    assert stored["args"] == ARGS | {"clip": float("inf"), "box": [1, 2]} == logbook.read_args(book.folder) == book.args
+    assert [one["args"] for one in stored["earlier"]] == [{"clip": ARGS.get("clip"), "box": None}, {"clip": 0.3}]
+    stored["versions"]["commit"] = "older"
+    (book.folder / "args.json").write_text(json.dumps(stored))
+    book.amend(book.args)
+    again = json.loads((book.folder / "args.json").read_text())
+    assert again["earlier"][2] == {"args": {}, "versions": stored["versions"]} and len(again["earlier"]) == 3
+
+
+@dataclass
+class Numbers:
+    count: int = 3
+    rate: float = 0.1
+    tau: float = 1.0
+    clip: float = float("inf")
+    reward_offset: float = -0.5
+    demo_share: float | None = None
+    quick: bool = False
+    name: str = "-1"
+
+
+@pytest.mark.parametrize("name, value, told", [
+    ("count", 0, "--count must be a number greater than 0, got 0"), ("rate", float("inf"), "--rate must be a number"),
+    ("rate", float("nan"), "--rate must be a number greater than 0, got nan"), ("tau", 1.1, "--tau is at most 1"),
+    ("clip", -0.1, "--clip must be at least 0, got -0.1"), ("clip", float("nan"), "--clip must be at least 0"),
+    ("reward_offset", float("inf"), "--reward-offset must be a finite number"),
+    ("demo_share", 1.5, "--demo-share is between 0 and 1, got 1.5"), ("demo_share", float("nan"), "--demo-share")])
+def test_numbers_that_could_only_fail_later_are_refused(name, value, told):
+    check_numbers(Numbers(), {"clip": 0.0})
+    with pytest.raises(UserError, match=told):
+        check_numbers(dataclasses.replace(Numbers(), **{name: value}), {"clip": 0.0})
 
 
 def test_create_refuses_an_existing_run_and_overwrite_replaces_only_its_files(book):

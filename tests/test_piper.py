@@ -237,6 +237,34 @@ def test_motors_that_do_not_enable_time_out(pair):
     assert time.monotonic() - begin < 3 and not arm.is_connected
 
 
+def test_an_arm_that_moves_before_its_motors_enable_is_told_to_stay_where_it_is_then(pair):
+    fake, arm = pair
+    enable, tries = fake.take, []
+
+    def late(number, data):
+        if number == 0x471:
+            tries.append(number)
+            if len(tries) == 8:
+                fake.joints[0] = 30_000                                             # it sank, or somebody moved it
+            fake.refuses = len(tries) < 30
+        enable(number, data)
+    fake.take = late
+    arm.connect()
+    asked = [struct.unpack(">ii", data)[0] for number, data in fake.log if number == 0x155]
+    assert fake.enabled and asked[0] == 0 and asked[-1] == 30_000 and fake.joints[0] == 30_000
+
+
+def test_crash_protection_that_did_not_reach_the_arm_is_an_error(pair, monkeypatch):
+    from piper_sdk.hardware_port.can_encapsulation_v0_4_0 import C_STD_CAN
+    fake, arm = pair
+    send = C_STD_CAN.SendCanMessage
+    monkeypatch.setattr(C_STD_CAN, "SendCanMessage", lambda self, number, *args, **options: (
+        None if number == 0x47A else send(self, number, *args, **options)))
+    with pytest.raises(ConnectionError, match="does not take frames"):
+        arm.connect()
+    assert not arm.is_connected and not fake.sent(0x47A)
+
+
 def test_disconnecting_holds_and_never_cuts_the_power(pair):
     fake, arm = pair
     arm.connect()

@@ -335,6 +335,7 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
         "a negative seed": ([*start, "--seed", "-1"], "--seed must be at least 0, got -1"),
         "no steps": ([*start, "--online-steps", "0"], "--online-steps must be a number greater than 0, got 0"),
         "a run is there": ([*start, "--run-dir", str(uninterrupted)], "--overwrite"),
+        "a run is there, before stage I": (["--data", str(demo_file), "--run-dir", str(uninterrupted)], "--overwrite"),
         "unwritable folder": ([*start, "--run-dir", str(tmp_path / "file" / "run")], "file"),
         "temperature 0": ([*start, "--temperature", "0", "--warmup-steps", "0"], "temperature"),
         "endless updates": ([*start, "--updates-per-step", "inf"], "--updates-per-step must be a number greater"),
@@ -346,7 +347,8 @@ MISTAKES = [
     "unknown task", "no such demonstrations", "truncated demonstrations", "foreign demonstrations",
     "no such checkpoint", "another robosuite", "another version", "other networks", "another task", "resume nothing",
     "resume with other networks", "resume with another replay", "evaluate stage I", "a checkpoint for nothing",
-    "no such device", "fewer than no threads", "a negative seed", "no steps", "a run is there", "unwritable folder",
+    "no such device", "fewer than no threads", "a negative seed", "no steps", "a run is there",
+    "a run is there, before stage I", "unwritable folder",
     "temperature 0", "endless updates", "more than a whole batch"]
 
 

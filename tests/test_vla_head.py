@@ -341,7 +341,9 @@ def test_the_paper_preset_is_table_five():
 
 @pytest.mark.parametrize("line, message", [
     ("--preset paper", "needs --backbone DIR"), ("--task scene", "no pictures of task 'scene'"),
-    ("--temperature 0", "--temperature must be at least 1e-06"), ("--batch-size 0", "--batch-size must be at least 1")])
+    ("--temperature 0", "--temperature must be at least 1e-06"), ("--batch-size 0", "--batch-size must be a number"),
+    ("--log-every 0", "--log-every must be a number greater"), ("--heads 3", "--heads must divide --channels, got 3"),
+    ("--reward-offset nan", "--reward-offset must be a finite number"), ("--discount 2", "--discount is at most 1")])
 def test_mistakes_on_the_command_line_are_one_sentence(line, message):
     with pytest.raises(UserError, match=message):
         vla_head.parse(line.split())
