@@ -389,6 +389,8 @@ def train(args):
                 learner.absorb(path)
         try:
             play(args, rig, task, learner, book, steps, recent)
+        except ValueError as error:                          # a non-finite Q
+            raise UserError(f"stopped: {error}. {book.last_good()}") from error
         finally:
             learner.close()
             book.close()

@@ -97,6 +97,7 @@ class SimArm:
                  size: int = 128, clearance: float = 0.0015):
         if task not in RANGES:
             raise UserError(f"the simulated arm has no task '{task}'; choose {', '.join(RANGES)}")
+        clearance = float(clearance)
         if not 0 < clearance < 0.02:
             raise UserError(f"clearance is metres, between 0 and 0.02, got {clearance}")
         draw = can_draw() if cameras is None else cameras

@@ -221,6 +221,19 @@ def test_the_whole_path_learns_logs_and_evaluates_what_was_trained(trained, reco
     assert "policy " in capsys.readouterr().out
 
 
+def test_a_learner_that_diverges_is_one_line_and_the_arm_goes_to_rest(recorded, tmp_path, monkeypatch, capfd):
+    step = robot.Learner.update
+
+    def diverge(learner):
+        learner.target.out.bias.data.fill_(np.nan)
+        step(learner)
+    monkeypatch.setattr(robot.Learner, "update", diverge)
+    with pytest.raises(UserError, match="learner.critic.* became non-finite.*last.pt is the last good"):
+        train(tmp_path / "run", recorded, "--episodes", "3", "--warmup-updates", "0")
+    assert "ValueError: the arm holds, then goes to rest" in capfd.readouterr().err
+    assert load_checkpoint(tmp_path / "run")["updates"] == 0                         # of stage I
+
+
 def test_a_run_killed_between_episodes_continues_bitwise(trained, recorded, tmp_path):
     """4 episodes == 2 + resume + 1 + kill + resume + 1, where the checkpoint is older than the last episode."""
     train(tmp_path / "run", recorded, "--episodes", "2")
