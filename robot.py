@@ -159,6 +159,7 @@ class Rig:
             self.silent = 0 if view and not self.failed else self.silent + 1
             event = self.keypad.poll()
             self._heed("quit" if self.interrupt.stop and event != "stop" else event)
+            self.stopped = self.stopped or self.keypad.gone
             if arrived or self.stopped or (self.ending and not leaving) or self.silent > 1 / PERIOD:
                 return arrived
             self.pace.wait()

@@ -240,6 +240,15 @@ def test_a_key_on_the_way_to_the_start_ends_the_session_there(key):
     assert (len(arm.sent) == 4) == (key == "stop")                                   # after q the way to rest
 
 
+def test_without_its_keypad_no_way_is_gone_on(capfd):
+    asked, arm = plain(Person(space))
+    asked.keypad.poll = lambda: setattr(asked.keypad, "gone", len(arm.sent) >= 3)
+    with pytest.raises(UserError, match="keypad is gone"), asked:
+        asked.home = asked.home + [0.4, 0, 0, 0, 0, 0]
+        asked.episode(ahead, 0)
+    assert len(arm.sent) == 4 and "holds where it is" in capfd.readouterr().err      # three steps and a hold
+
+
 def test_x_is_obeyed_on_the_way_out_too():
     leaving, arm = plain(Person(space))
     with leaving:
