@@ -12,8 +12,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +20,7 @@ import pytest
 import torch
 
 import logbook
-from logbook import (VERSION, Clock, Interrupt, Logbook, Progress, UserError, check_numbers, cli, curve,
-                     load_checkpoint, save_checkpoint)
+from logbook import VERSION, Logbook, UserError, check_numbers, cli, curve, load_checkpoint, save_checkpoint
 from logbook.figure import wilson
 
 ARGS = {"task": "lift", "method": "poco", "seed": 0, "preset": "cpu", "clip": float("inf")}
@@ -382,102 +379,6 @@ def test_full_disk_while_logging_is_the_users_error(book):
     with full_disk(200), pytest.raises(UserError, match="TensorBoard events: File too large"):
         for step in range(10):                        # events take more room than rows
             book.log(step, success=0.5)
-
-
-# signals, time, progress
-
-def test_sigterm_and_the_first_ctrl_c_set_stop_and_the_second_raises(capfd):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    for first in (signal.SIGTERM, signal.SIGINT):
-        with Interrupt() as interrupt:
-            assert not interrupt.stop
-            os.kill(os.getpid(), first)
-            os.kill(os.getpid(), signal.SIGTERM)      # a scheduler that insists does not cut the save short
-            assert interrupt.stop
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(1)
-        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert capfd.readouterr().err.count("saving") == 2
-
-
-def test_interrupt_is_harmless_in_another_thread():
-    seen = []
-
-    def work():
-        with Interrupt() as interrupt:
-            seen.append(interrupt.stop)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [False]
-
-
-def test_forked_worker_ignores_ctrl_c_and_can_be_terminated():
-    with Interrupt():
-        child = os.fork()
-        if child == 0:
-            time.sleep(60)
-            os._exit(0)
-        time.sleep(0.05)
-        os.kill(child, signal.SIGINT)
-        time.sleep(0.05)
-        os.kill(child, signal.SIGTERM)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
-
-
-def test_clock_counts_every_second_once(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    clock = Clock()
-
-    def work(seconds):
-        now[0] += seconds
-
-    with clock("critic"):
-        work(1)
-        with clock("e-step"):
-            work(10)
-        work(2)
-    work(1000)
-    with pytest.raises(ZeroDivisionError), clock("env"):
-        work(100)
-        1 / 0
-    assert clock.split() == {"critic": 3, "e-step": 10, "env": 100}
-    with clock("env"):
-        work(5)
-    assert clock.split() == {"env": 5}
-    assert clock.split() == {}
-
-
-def test_progress_without_a_terminal_is_one_plain_line_per_interval(capsys, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with Progress("poco", total=250, every=100) as progress:
-        for step in range(1, 251):
-            now[0] += 0.5
-            progress.update(step, updates=2 * step, success=None if step < 150 else 0.45)
-        progress.write("done")
-    out, err = capsys.readouterr()
-    assert err == "" and "\r" not in out
-    assert out.splitlines() == ["poco 100/250: 2 env steps/s, 4.0 updates/s, 1m15s left",
-                                "poco 200/250: success 45 %, 2 env steps/s, 4.0 updates/s, 0m25s left",
-                                "poco 250/250: success 45 %, 2 env steps/s, 4.0 updates/s, 0m00s left",
-                                "done"]
-
-
-def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with Progress("warm-up", total=100, every=10) as progress:
-        now[0] = 2.0
-        progress.stage = "poco"
-        progress.update(50, updates=100, success=0.45)
-    out, err = capsys.readouterr()
-    assert out == "" and "50/100" in err and "poco" in err
-    assert "success 45 %, 25 env steps/s, 50.0 updates/s" in err
 
 
 # the picture
