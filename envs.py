@@ -135,7 +135,8 @@ PRESETS = {"paper": {}, "cpu": dict(
 def settings(task: str | Task, preset: str, setting: str = "offline-to-online") -> dict[str, Any]:
     """The training scripts' arguments. Setting "online": Table II, demonstrations in the replay, no pre-training."""
     task = get_task(task)
-    online = {"pretrain_steps": 0} | (task.online if preset == "paper" else {})
+    ours = dict(warmup_steps=1000, demo_share=0.5) if task.suite == "ogbench" else {}
+    online = {"pretrain_steps": 0} | (task.online if preset == "paper" else ours)
     changes = {"offline-to-online": {}, "online": online}[setting]
     return {"episode_limit": task.episode_limit} | PRESETS[preset] | getattr(task, preset) | changes
 
@@ -179,8 +180,7 @@ class SimulatorEnv(gymnasium.Env):
         if seed is None:
             seed, self._first_seed = self._first_seed, None
         super().reset(seed=seed)
-        self.episode_seed = int(self.np_random.integers(2**31)) if seed is None else int(seed)
-        self.steps = 0
+        self.episode_seed, self.steps = int(self.np_random.integers(2**31) if seed is None else seed), 0
         return self._reset(self.episode_seed).astype(np.float32), {"success": False}
 
     def step(self, action):
@@ -269,7 +269,6 @@ class RobosuiteEnv(SimulatorEnv):
         # The control law stays robosuite's, but what it reads, by name and several times per physics step, comes here
         # straight from MuJoCo: bitwise the same, nearly twice as fast again. A reset makes new controllers.
         import mujoco
-
         simulator, (robot,) = self.simulator, self.simulator.robots
         arm, model, data = robot.part_controllers["right"], simulator.sim.model._model, simulator.sim.data._data
         if type(arm).__name__ != "OperationalSpaceController" or arm.num_ref_sites != 1 or not arm.lite_physics:
@@ -354,7 +353,6 @@ class OGBenchEnv(SimulatorEnv):
 
     def _reset(self, seed):
         import mujoco
-
         simulator = self.simulator
         with warnings.catch_warnings(action="ignore"):  # about the precision of its own spaces
             simulator.reset(seed=seed)
@@ -437,6 +435,8 @@ class ChunkRunner:
         self.reset(int(state["seed"]))
         for action in np.asarray(state["actions"], np.float32):
             self._execute(action)
+        if self.ended:
+            raise ValueError(f"--episode-limit must be above the {len(self._actions)} steps of the running episode")
         self._queue = list(np.array(state["pending"], np.float32))
 
 

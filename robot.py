@@ -427,7 +427,7 @@ def evaluate(args):
     """The policy of args.run_dir over args.episodes, in the same loop; success printed, rows in eval.csv."""
     folder, rows = Path(args.run_dir), []
     with session(args) as rig:
-        acting, updates = trained(args, layout(args.task, rig.senses.sizes))
+        acting, updates, steps = trained(args, layout(args.task, rig.senses.sizes))
         print(f"policy {acting.fingerprint()} after {updates} updates, acting from the {args.act}")
         with rig:
             while len(rows) < args.episodes:
@@ -440,7 +440,7 @@ def evaluate(args):
                     rows.append({"seed": seed, "success": won, "length": take.steps, "return": float(won)})
                 print(f"{len(rows)}/{args.episodes} {take.outcome}, {take.steps} steps, {rig.status()}")
     if rows:
-        Logbook(folder, {}, COLUMNS).evaluation(updates, args.act, rows)
+        Logbook(folder, {}, COLUMNS).evaluation(steps, args.act, rows)
         print(f"success {sum(row['success'] for row in rows)} of {len(rows)}")
     return rows
 

@@ -22,8 +22,8 @@ import torch
 
 import envs
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
-from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, cli, curve, fitting, load_checkpoint,
-                     read_args, refuse_nonfinite)
+from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, cli, curve, fitting, keep_rate,
+                     load_checkpoint, read_args, refuse_nonfinite)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
 from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstrations, environment, load_policy,
@@ -141,14 +141,7 @@ def make_critic(args, policy):
 
 def adam(parameters, args, rate=None):
     parameters, rate = list(parameters), rate or args.online_learning_rate
-    optimizer = torch.optim.Adam(parameters, lr=rate, fused=parameters[0].device.type != "mps")
-    optimizer.register_load_state_dict_pre_hook(keep_rate)
-    return optimizer
-
-
-def keep_rate(optimizer, state):          # --resume may come with another one
-    groups = zip(state["param_groups"], optimizer.param_groups)
-    return state | {"param_groups": [saved | {"lr": group["lr"]} for saved, group in groups]}
+    return keep_rate(torch.optim.Adam(parameters, lr=rate, fused=parameters[0].device.type != "mps"))
 
 
 def autocast(args, device):

@@ -36,8 +36,8 @@ from adapters.cost import cost
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from demos.views import Seeing, View, see_demonstrations
 from flow_policy import FlowPolicy
-from logbook import (Clock, Interrupt, Logbook, Progress, UserError, check_numbers, cli, curve, fitting,
-                     load_checkpoint, read_args, refuse_nonfinite, usable_device)
+from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, check_numbers, cli, curve, fitting,
+                     keep_rate, load_checkpoint, read_args, refuse_nonfinite, usable_device)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
 
@@ -203,8 +203,8 @@ class Learner:
         self.target, self.actor = copy.deepcopy(self.critic), copy.deepcopy(policy)     # the backbone is shared
         for frozen in (self.target, self.actor):
             frozen.requires_grad_(False)
-        self.actor_optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.actor_learning_rate)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_learning_rate)
+        self.actor_optimizer = keep_rate(torch.optim.Adam(policy.head_parameters(), lr=args.actor_learning_rate))
+        self.critic_optimizer = keep_rate(torch.optim.Adam(self.critic.parameters(), lr=args.critic_learning_rate))
 
     def clone(self, batch) -> dict:
         """One step of behaviour cloning; load the actor with the policy when it is done."""
@@ -251,13 +251,10 @@ class Learner:
                 ("policy", "actor", "critic", "target", "actor_optimizer", "critic_optimizer")}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises UserError for a checkpoint of other sizes, naming the first weight that does not fit."""
+        """Raises UserError for a checkpoint of other sizes, naming a weight that does not fit."""
         for name, value in state.items():
-            try:
+            with fitting(f"the checkpoint's {name}", "use the same --backbone and sizes"):
                 getattr(self, name).load_state_dict(value)
-            except (RuntimeError, ValueError) as error:
-                raise UserError(f"the checkpoint's {name} does not fit this run: {' '.join(str(error).split()[:40])}; "
-                                "use the same --backbone and sizes") from error
 
     @staticmethod
     def _minimise(loss, optimizer):
@@ -324,7 +321,7 @@ CPU = dict(demo_episodes=20, episode_limit=100, horizon=5, channels=64, layers=2
 LEAST = dict(temperature=1e-6) | dict.fromkeys(("seed", "clip", "guidance", "pessimism", "sft_steps", "warmup_steps",
                                                 "online_steps", "threads"), 0)
 PHASES = ("env", "critic", "e_step", "m_step", "eval")
-COLUMNS = ["warmup", "success", "episodes", "updates", "updates_per_s", *Learner.stats,
+COLUMNS = ["warmup", "success", "episodes", "updates", "env_steps_per_s", "updates_per_s", *Learner.stats,
            *(f"time/{phase}" for phase in PHASES)]
 EVAL_SEED, VIEWS, STATE = 1_000_000, 2, 9     # the object, behind the first 9 numbers of an observation, is hidden
 
@@ -401,7 +398,7 @@ class Run:
         self.act_rng, self.episode_rng = (np.random.default_rng([args.seed, stream]) for stream in (1, 2))
         self.batch_rng = torch.Generator(policy.device).manual_seed(args.seed)
         self.runner = envs.ChunkRunner(self.environment(), lambda obs: learner.act(obs[None], self.act_rng))
-        self.steps, self.episodes, self.updates, self.recent = 0, 0, 0, []
+        self.steps, self.episodes, self.recent = 0, 0, []
 
     def environment(self, every=1):
         env = envs.make_env(self.args.task, episode_limit=self.args.episode_limit, env_args=self.view.env_args)
@@ -412,10 +409,14 @@ class Run:
         args, learner, every, start = self.args, self.learner, max(self.args.sft_steps // 5, 1), time.time()
         optimizer = learner.actor_optimizer
         learner.actor_optimizer = torch.optim.Adam(learner.policy.head_parameters(), lr=args.learning_rate)
-        for step in range(1, args.sft_steps + 1):
-            stats = learner.clone(self.batch())
-            if step % every == 0:
-                print(f"SFT {step}/{args.sft_steps}: loss {stats['bc']:.3f}, {time.time() - start:.0f} s", flush=True)
+        with Interrupt() as interrupt:
+            for step in range(1, args.sft_steps + 1):
+                stats = learner.clone(self.batch())
+                if step % every == 0:
+                    seconds = time.time() - start
+                    print(f"SFT {step}/{args.sft_steps}: loss {stats['bc']:.3f}, {seconds:.0f} s", flush=True)
+                if interrupt.stop:
+                    raise UserError(f"stopped at step {step} of SFT, which is saved when it ends: nothing was saved")
         learner.actor.load_state_dict(learner.policy.state_dict())
         learner.actor_optimizer = optimizer
 
@@ -438,20 +439,23 @@ class Run:
         """Success of the actor over fixed episodes, in this process; pictures only where a chunk begins."""
         args = self.args
         env = self.environment(args.horizon)
-        rows = [envs.run_episode(self.learner.act, env, EVAL_SEED + i) for i in range(args.eval_episodes)]
+        try:
+            rows = [envs.run_episode(self.learner.act, env, EVAL_SEED + i) for i in range(args.eval_episodes)]
+        except ValueError as error:                                              # a non-finite action
+            raise UserError(f"evaluation at step {step}: {error}") from error
         env.close()
         if book is not None:
             book.evaluation(step, "policy", [dict(zip(("seed", "success", "length", "return"), row)) for row in rows])
         print(f"step {step}: success {envs.EvalResult(*(np.array(column) for column in zip(*rows)))}", flush=True)
 
     def state_dict(self) -> dict:
-        numbers = {name: getattr(self, name) for name in ("steps", "episodes", "updates", "recent")}
+        numbers = {name: getattr(self, name) for name in ("steps", "episodes", "recent")}
         return numbers | {"replay": self.replay.state_dict(), "runner": self.runner.state_dict(),
                           "act_rng": self.act_rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
                           "episode_rng": self.episode_rng.bit_generator.state, "batch_rng": self.batch_rng.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("steps", "episodes", "updates", "recent"):
+        for name in ("steps", "episodes", "recent"):
             setattr(self, name, state[name])
         for name in ("replay", "runner"):
             getattr(self, name).load_state_dict(state[name])
@@ -461,48 +465,38 @@ class Run:
         torch.set_rng_state(state["torch_rng"])
 
 
-def train(args, run: Run, book) -> bool:
+def train(args, run: Run, book, report) -> bool:
     """Critic warm-up, then POCO. False if the user interrupted; what is saved continues exactly."""
-    clock, sums = run.learner.clock, {}
-    with Interrupt() as interrupt, Progress("POCO", args.online_steps, args.log_every, run.steps, run.updates) as bar:
+    clock = run.learner.clock
+    with Interrupt() as interrupt, \
+            Progress("POCO", args.online_steps, args.log_every, run.steps, report.updates) as bar:
         while run.steps < args.online_steps:
             warmup = run.steps < args.warmup_steps
             try:
                 with clock("env"):
                     run.step()
                 if run.steps % args.steps_per_update == 0:
-                    run.updates += 1
-                    for name, value in run.learner.update(run.batch(), warmup).items():
-                        sums.setdefault(name, []).append(value)
+                    report.add(run.learner.update(run.batch(), warmup))
             except ValueError as error:                                          # a non-finite action, reward or Q
                 raise UserError(f"stopped at step {run.steps}: {error}. {book.last_good()}") from error
-            last = run.steps == args.online_steps
-            bar.update(run.steps, run.updates, sum(run.recent) / len(run.recent) if run.recent else None)
-            if run.steps % args.log_every == 0:
-                log(book, run, warmup, sums)
-                sums = {}
+            last, success = run.steps == args.online_steps, sum(run.recent) / len(run.recent) if run.recent else None
+            bar.update(run.steps, report.updates, success)
             if (run.steps % args.eval_every == 0 and not warmup) or last:
                 with clock("eval"):
                     run.evaluate(book, run.steps)
+            if run.steps % args.log_every == 0:
+                report.write(run.steps, warmup=int(warmup), success=success, episodes=run.episodes)
             if run.steps % args.save_every == 0 or last or interrupt.stop:
-                save(book, run)
+                save(book, run, report)
             if interrupt.stop and not last:
                 bar.write(f"saved at step {run.steps}; continue with --resume {book.folder}")
                 return False
     return True
 
 
-def log(book, run, warmup, sums) -> None:
-    seconds = {phase: 0.0 for phase in PHASES} | run.learner.clock.split()
-    book.log(run.steps, warmup=int(warmup), success=sum(run.recent) / max(len(run.recent), 1), episodes=run.episodes,
-             updates=run.updates, updates_per_s=len(sums.get("critic", ())) / max(sum(seconds.values()), 1e-9),
-             **{name: float(torch.stack(values).mean()) for name, values in sums.items()},
-             **{f"time/{phase}": value for phase, value in seconds.items()})
-
-
-def save(book, run) -> None:
+def save(book, run, report) -> None:
     refuse_nonfinite(state := run.learner.state_dict(), "learner", f"before step {run.steps}; {book.last_good()}")
-    book.save("last.pt", {"step": run.steps, "learner": state, "run": run.state_dict()})
+    book.save("last.pt", {"step": run.steps, "learner": state, "run": run.state_dict(), "report": report.state_dict()})
 
 
 def main(argv=None):
@@ -511,37 +505,41 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     fresh, view = not (args.eval or args.resume), open_view(args)
+    args.view = view.kind                                                        # a resumed run sees the same pictures
     folder = Path(args.eval or args.resume or args.run_dir or f"runs/{args.task}-vla-s{args.seed}")
     book = state = data = None
     if fresh:
-        book = Logbook.create(folder, dataclasses.asdict(args) | {"method": "vla"}, COLUMNS, overwrite=args.overwrite)
+        Logbook.refuse_existing(folder, args.overwrite)
     elif args.resume:
         book = Logbook.resume(folder, COLUMNS, task=args.task, method="vla")
         book.rewind((state := book.load("last.pt"))["step"])
     else:
-        state = load_checkpoint(folder / "last.pt")
+        state = load_checkpoint(folder)
     policy = make_policy(args, folder)
     print(f"task {args.task}: '{args.instruction or INSTRUCTIONS[args.task]}', preset {args.preset}, "
           f"{policy.device.type}, {VIEWS} views {view.kind}, seed {args.seed}", flush=True)
     if fresh:
         data = demonstrations(args, view, policy)
         policy.fit(data["obs"].to(policy.device))
+        book = Logbook.create(folder, dataclasses.asdict(args) | {"method": "vla"}, COLUMNS, overwrite=args.overwrite)
     learner, demo_steps = Learner(args, policy), len(data["obs"]) if fresh else state["run"]["replay"]["demos"]
-    run = Run(args, learner, view, demo_steps)
+    run, report = Run(args, learner, view, demo_steps), Report(book, learner.clock, PHASES)
     if fresh:
         print(price(args, learner, run.replay.capacity), flush=True)
         run.replay.extend(data)
         run.supervised()
-        run.evaluate(book, 0)
         run.reset()
+        save(book, run, report)
+        run.evaluate(book, 0)
     else:
         learner.load_state_dict(state["learner"])
         if args.eval:
             return run.evaluate(None, state["step"])
         with fitting(folder):
             run.load_state_dict(state["run"])
+            report.load_state_dict(state["report"], run.steps)
         book.amend(dataclasses.asdict(args) | {"method": "vla", "resume": None})
-    if train(args, run, book):
+    if train(args, run, book, report):
         print(f"done: {curve(book.folder)}")
     book.close()
 

@@ -74,8 +74,9 @@ class Guard:
         place = there + self._cap(place - there, self.leash, "leash")
         place = base + self._cap(place - base, self.max_step / SLACK, "leash")
         turn = self._into_cone(rotation_matrix(turn) @ turned)
-        turn = rotation_matrix(self._cap(rotation_vector(turn @ facing.T), TWIST, "leash")) @ facing
-        turn = rotation_matrix(self._cap(rotation_vector(turn @ turned.T), self.max_turn / SLACK, "leash")) @ turned
+        if np.linalg.norm(twist := rotation_vector(turn @ facing.T)) > TWIST:
+            turn = rotation_matrix(self._cap(twist, TWIST, "leash")) @ facing
+            turn = rotation_matrix(self._cap(rotation_vector(turn @ turned.T), self.max_turn / SLACK, "leash")) @ turned
         aim, *_ = self.kinematics.ik(place, turn, self.joints)
         aim = self._clip(aim, self.low, self.high, "joint range")
         change = aim - self.joints

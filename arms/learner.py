@@ -13,6 +13,7 @@ version; nothing is unpickled that another machine could have sent. All that a r
 last.pt.
 Not here: the loss itself (poco.py), the control loop (robot.py), several arms or machines (distributed/).
 """
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -28,7 +29,7 @@ from torch import multiprocessing
 
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from flow_policy import FlowPolicy
-from logbook import (Interrupt, Progress, UserError, load_checkpoint, refuse_nonfinite, save_checkpoint,
+from logbook import (Interrupt, Progress, UserError, keep_rate, load_checkpoint, refuse_nonfinite, save_checkpoint,
                      usable_device)
 from poco import e_step, m_step_loss, posterior_weights
 from replay import FIELDS, ChunkReplay
@@ -90,7 +91,7 @@ class Acting:
 
 
 def trained(args, task):
-    """What acts with the policy in args.run_dir/last.pt, and how many updates it has had."""
+    """What acts with the policy in args.run_dir/last.pt, its updates and online steps so far."""
     path, (policy, critic) = Path(args.run_dir) / "last.pt", networks(args, task)
     state = load_checkpoint(path)
     if (columns := state.get("columns", task.obs_keys)) != task.obs_keys:
@@ -102,7 +103,7 @@ def trained(args, task):
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path} is of another arm or of other sizes ({str(error).splitlines()[0]}): give the flags it "
                         "was trained with") from error
-    return Acting(args, policy, critic), state["updates"]
+    return Acting(args, policy, critic), state["updates"], state["seen"]
 
 
 class Learner:
@@ -127,9 +128,9 @@ class Learner:
             self.policy.fit(obs.to(self.device), floor(task)[:self.policy.state_dim].to(self.device))
         self.critic.set_normalizer(self.policy.obs_mean, self.policy.obs_std)
         self.actor, self.target = (copy.deepcopy(net).requires_grad_(False) for net in (self.policy, self.critic))
-        self.cloning = torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate)
-        self.actor_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.online_learning_rate)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_learning_rate)
+        self.cloning = keep_rate(torch.optim.Adam(self.policy.parameters(), lr=args.learning_rate))
+        self.actor_optimizer = keep_rate(torch.optim.Adam(self.policy.parameters(), lr=args.online_learning_rate))
+        self.critic_optimizer = keep_rate(torch.optim.Adam(self.critic.parameters(), lr=args.critic_learning_rate))
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         self.cloned, self.updates, self.absorbed, self.seen, self.saved, self.sums = 0, 0, 0, 0, 0, {}
 
@@ -229,6 +230,7 @@ class Learner:
         parts = ("policy", "actor", "critic", "target", "cloning", "actor_optimizer", "critic_optimizer")
         return {name: getattr(self, name).state_dict() for name in parts} | {
             "columns": self.task.obs_keys, "cloned": self.cloned, "updates": self.updates, "absorbed": self.absorbed,
+            "seen": self.seen,
             "generator": self.generator.get_state(), "torch_rng": torch.get_rng_state()}
 
     def load_state_dict(self, state, folder):
@@ -317,8 +319,7 @@ class Background:
 
     def report(self):
         try:
-            while self.connection.poll():
-                self.stats |= self.connection.recv()
+            self._listen()
         except (EOFError, OSError):
             self.check(sure=True)
         behind = self.stats.pop("behind", 0)
@@ -328,10 +329,18 @@ class Background:
                   "other programs, or lower --updates-per-step", file=sys.stderr)
         return self.stats
 
+    def _listen(self):
+        while self.connection.poll():
+            self.stats |= self.connection.recv()
+        if "failed" in self.stats:
+            raise UserError(f"the learner stopped: {self.stats['failed']}")
+
     def check(self, sure=False):
         if sure:
             self.process.join(5)
         if not self.process.is_alive():
+            with contextlib.suppress(EOFError, OSError):
+                self._listen()                            # its last words, if it had any
             raise UserError(f"the learner process has died (exit code {self.process.exitcode}); every finished episode "
                             f"is on disk: python robot.py train --resume {self.args.run_dir}")
 
@@ -385,4 +394,7 @@ def serve(settings, task, connection, shared, lock, version):
                     learner.save(path)
     except (EOFError, OSError):
         pass                                              # the arm's process is gone: save what was learnt
+    except (ValueError, UserError) as error:              # diverged, and there is nothing to save
+        connection.send({"failed": f"{error}. {path} is the last good checkpoint"})
+        return
     learner.save(path)

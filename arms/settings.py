@@ -127,7 +127,8 @@ def parse(argv, description):
         default = Args(task=task, preset=preset, **TASKS[task] | PRESETS[preset] | small)
     args = tyro.cli(Args, args=argv, default=default, description=description)
     check_numbers(args, LEAST)
-    usable_device(args.device, mps=False)
+    if args.role == "train" and args.learner is None:        # it learns here
+        usable_device(args.device, mps=False)
     if args.capacity < args.horizon:
         raise UserError(f"--capacity {args.capacity} cannot hold one chunk of --horizon {args.horizon} steps")
     if not all(0 < side < math.inf for side in args.box_size):

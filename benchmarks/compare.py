@@ -103,10 +103,12 @@ def folder_of(task, method, seed):
 
 
 def finished(folder):
-    if not (folder / "eval.csv").exists():
+    """Whether every way of acting has its last evaluation; the curve is drawn after that."""
+    if not (folder / "eval.csv").exists() or not (folder / "curve.png").exists():
         return False
     last = read_args(folder)["online_steps"]
-    return any(last in steps for steps in read_run(folder)[1].values())
+    later = [steps for steps in read_run(folder)[1].values() if max(steps) > 0]      # before learning: one way alone
+    return bool(later) and all(last in steps for steps in later)
 
 
 def run(task, method, seed, flags):

@@ -176,9 +176,11 @@ class Faraway:
         return Acting(self.args, *self.policies)
 
     def report(self):
-        return {name: value for name, value in self.stats.items() if name != "behind"}
+        return {name: value for name, value in self.stats.items() if name not in ("behind", "failed")}
 
     def check(self):
+        if "failed" in self.stats:
+            raise UserError(f"the learner stopped: {self.stats['failed']}")
         if self.failures >= PATIENCE:
             raise UserError(f"the learner fails again and again ({self.error}); every finished episode is on disk: "
                             f"python robot.py train --resume {self.args.run_dir}")

@@ -191,6 +191,15 @@ def fitting(path, advice="leave out the flags that change its networks or its re
         raise UserError(f"{path} does not fit this run ({str(error).splitlines()[-1].strip()}): {advice}") from error
 
 
+def keep_rate(optimizer):
+    """What is loaded into this optimiser leaves its learning rate alone: --resume may come with another. Returns it."""
+    def restored(optimizer, state):
+        groups = zip(state["param_groups"], optimizer.param_groups)
+        return state | {"param_groups": [saved | {"lr": group["lr"]} for saved, group in groups]}
+    optimizer.register_load_state_dict_pre_hook(restored)
+    return optimizer
+
+
 def _versions():
     """What a reader needs to repeat the run; whatever is not installed is left out."""
     found = {"python": platform.python_version()}

@@ -27,6 +27,8 @@ def fake_run(method, seed, acting="policy", last=200, **args):
         book.evaluation(step, acting if step else "policy", [
             {"seed": i, "success": i < successes[seed], "length": 5, "return": 1.0} for i in range(4)])
     book.close()
+    if last == 200:
+        (book.folder / "curve.png").touch()
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,7 @@ def test_finished_runs_are_skipped_interrupted_ones_continued_and_files_written(
         book = Logbook.resume("runs/lift-poco_clip_inf-s0", ["success", "time/env", "time/critic", "time/eval"])
         book.evaluation(200, "policy", [{"seed": 0, "success": True, "length": 5, "return": 1.0}])
         book.close()
+        (book.folder / "curve.png").touch()
     monkeypatch.setattr(train_online, "main", main)
     compare.main(["--methods", "poco,poco --clip inf", "--seeds", "1"])
     assert calls == [["--resume", "runs/lift-poco_clip_inf-s0"]]
@@ -73,6 +76,21 @@ def test_finished_runs_are_skipped_interrupted_ones_continued_and_files_written(
     for name in ("compare-lift.png", "compare-lift-time.png"):
         assert (compare.Path("runs") / name).read_bytes()[:4] == b"\x89PNG"
     assert "| poco --clip inf | policy |" in capsys.readouterr().out
+
+
+def test_a_run_killed_between_its_last_two_evaluations_is_not_finished():
+    fake_run("poco", 0, "posterior")
+    folder = compare.folder_of("lift", "poco", 0)
+    assert compare.finished(folder)
+    book = Logbook(folder, {}, [])
+    book.evaluation(200, "policy", [{"seed": 0, "success": True, "length": 5, "return": 1.0}])
+    book.evaluation(100, "posterior", [{"seed": 0, "success": True, "length": 5, "return": 1.0}])
+    text = (folder / "eval.csv").read_text()
+    (folder / "eval.csv").write_text("".join(line for line in text.splitlines(True) if "200,posterior" not in line))
+    assert not compare.finished(folder)
+    (folder / "eval.csv").write_text(text)
+    (folder / "curve.png").unlink()                                                 # before the second one began
+    assert not compare.finished(folder)
 
 
 def test_finished_shows_what_is_there_and_runs_nothing(monkeypatch, capsys):

@@ -1,8 +1,10 @@
 """What must not go wrong silently on an arm: a start outside the box, lost recordings, a starved learner, a failure."""
+import contextlib
 import io
 import multiprocessing
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ import torch
 import robot
 from arms.episodes import Take, following, layout, length, load, merge, numbered, outcome, reach, refuse_loss
 from arms.keypad import ScriptedPad
-from arms.learner import STARVED, Acting, Background, networks
+from arms.learner import STARVED, Acting, Background, Learner, flat, networks, serve
 from arms.senses import JOINTS, PERIOD, Pace, Senses
 from arms.settings import open_arm, parse
 from arms.sim import SimArm
@@ -368,6 +370,40 @@ def test_a_learner_that_falls_behind_is_told_once(capfd):
         assert background.report() == {"updates": 3}
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and f"{STARVED + 1} updates behind" in err and "--updates-per-step" in err
+
+
+def test_the_last_words_of_a_learner_that_diverged_are_told():
+    for ask in (Background.report, Background.check):
+        background = Background.__new__(Background)
+        background.stats, background.told, background.args = {}, False, SimpleNamespace(run_dir="run")
+        background.connection = Pipe({"updates": 3, "behind": 0}, {"failed": "Q became non-finite"})
+        background.process = SimpleNamespace(is_alive=lambda: False, exitcode=0)
+        with pytest.raises(UserError, match="the learner stopped: Q became non-finite"):
+            ask(background)
+
+
+def test_a_learner_in_the_background_says_why_it_stopped(tmp_path, monkeypatch):
+    robot.main(["record", *TOY, "--episodes", "1", "--data", str(tmp_path / "demos")])
+    args = parse(["train", *TOY, "--data", str(tmp_path / "demos"), "--run-dir", str(tmp_path / "run")], "")
+    task = layout("insert-usb", {"joints": 6, "gripper": 1, "eef": 9, "object": 4})
+    path, said = tmp_path / "run/last.pt", []
+    path.parent.mkdir()
+    learner = Learner(args, task)
+    learner.save(path)
+    good = path.read_bytes()
+
+    def diverge(one):
+        one.critic.out.bias.data.fill_(np.nan)
+        raise ValueError("the critic returned a non-finite Q")
+    monkeypatch.setattr(Learner, "update", diverge)
+    monkeypatch.setattr(Learner, "owed", lambda one: 1)
+    for module, name in ((os, "nice"), (signal, "signal"), (torch, "set_num_threads")):      # those of its own process
+        monkeypatch.setattr(module, name, lambda *_: None)
+    line = SimpleNamespace(send=said.append, poll=lambda seconds: False)
+    serve(vars(args), task, line, flat([learner.actor, learner.critic]), contextlib.nullcontext(),
+          SimpleNamespace(value=0))
+    assert "a non-finite Q" in said[-1]["failed"] and "last.pt is the last good" in said[-1]["failed"]
+    assert path.read_bytes() == good
 
 
 def test_the_arm_waits_for_weights_that_are_just_being_written():

@@ -17,7 +17,7 @@ from arms.keypad import ScriptedPad
 from arms.learner import Background
 from arms.senses import JOINTS, PERIOD, Pace, Senses
 from arms.settings import open_arm, parse
-from logbook import Interrupt, UserError, load_checkpoint
+from logbook import Interrupt, UserError, load_checkpoint, read_args
 from robot import Rig
 
 ROOT = Path(__file__).parent.parent
@@ -217,6 +217,7 @@ def test_the_whole_path_learns_logs_and_evaluates_what_was_trained(trained, reco
     assert float(rows[-1]["critic"]) > 0 and float(rows[-1]["ess"]) > 0 and (trained / "curve.png").exists()
     result = robot.main(["eval", "--run-dir", str(trained), "--episodes", "2"])
     assert len(result) == 2 and len((trained / "eval.csv").read_text().splitlines()) == 3
+    assert {row["step"] for row in csv.DictReader(open(trained / "eval.csv"))} == {rows[-1]["step"]}     # of the curve
     assert robot.main(["eval", "--run-dir", str(trained), "--episodes", "2"]) == result
     assert "policy " in capsys.readouterr().out
 
@@ -276,6 +277,19 @@ def test_sigterm_holds_goes_to_rest_and_exits_with_0(tmp_path):
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Traceback" not in output and "did not go to rest" not in output
+
+
+def test_a_resumed_run_learns_at_the_rates_it_is_given(trained, recorded, tmp_path):
+    train(tmp_path / "run", recorded, "--episodes", "1")
+    robot.main(["train", "--resume", str(tmp_path / "run"), "--episodes", "2", "--online-learning-rate", "1e-7"])
+    state, args = load_checkpoint(tmp_path / "run"), read_args(tmp_path / "run")
+    assert state["actor_optimizer"]["param_groups"][0]["lr"] == 1e-7 == args["online_learning_rate"]
+    assert state["critic_optimizer"]["param_groups"][0]["lr"] != 1e-7 and state["seen"] == state["updates"] > 0
+
+
+def test_a_device_is_asked_for_where_the_learning_is_done():
+    assert parse(["train", "--device", "cuda", "--learner", "127.0.0.1:6379"], "").device == "cuda"
+    assert parse(["record", "--device", "cuda"], "").device == "cuda"
 
 
 class Mortal(Background):

@@ -327,6 +327,8 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
         "another task": (["--resume", str(uninterrupted), "--task", "can"], "lift"),
         "resume nothing": (["--resume", str(tmp_path / "nowhere")], "nowhere"),
         "resume with other networks": (["--resume", str(uninterrupted), "--hidden", "48"], "run does not fit this run"),
+        "resume beyond the episode's limit": (["--resume", str(uninterrupted), "--episode-limit", "5"],
+                                              "--episode-limit must be above the 15 steps of the running episode"),
         "resume with another replay": (["--resume", str(uninterrupted), "--capacity", "99"], "replay of capacity"),
         "evaluate stage I": (["--eval", str(stage_one)], "method bc, not of method poco"),
         "a checkpoint for nothing": ([*start, "--setting", "online"], "leave out --checkpoint"),
@@ -346,7 +348,8 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
 MISTAKES = [
     "unknown task", "no such demonstrations", "truncated demonstrations", "foreign demonstrations",
     "no such checkpoint", "another robosuite", "another version", "other networks", "another task", "resume nothing",
-    "resume with other networks", "resume with another replay", "evaluate stage I", "a checkpoint for nothing",
+    "resume with other networks", "resume beyond the episode's limit", "resume with another replay",
+    "evaluate stage I", "a checkpoint for nothing",
     "no such device", "fewer than no threads", "a negative seed", "no steps", "a run is there",
     "a run is there, before stage I", "unwritable folder",
     "temperature 0", "endless updates", "more than a whole batch"]

@@ -377,3 +377,14 @@ def test_lift_from_pictures_runs_and_resumes_exactly(tmp_path, monkeypatch, caps
     assert max(path.stat().st_size for path in (tmp_path / "whole" / "backbone").iterdir()) > 400_000
     vla_head.main(["--eval", "part"])
     assert "success" in capsys.readouterr().out
+
+    vla_head.main(["--resume", "part", "--online-steps", "26", "--actor-learning-rate", "1e-7"])
+    stored = json.loads((tmp_path / "part/args.json").read_text())
+    assert load_checkpoint("part")["learner"]["actor_optimizer"]["param_groups"][0]["lr"] == 1e-7
+    assert stored["args"]["actor_learning_rate"] == 1e-7 and stored["args"]["online_steps"] == 26
+    with pytest.raises(UserError, match="nowhere"):                                # before anything is deleted
+        vla_head.main([*line, "whole", "--overwrite", "--backbone", "nowhere"])
+    assert load_checkpoint("whole")["step"] == 24
+    with pytest.raises(UserError, match="policy.* became non-finite before step 0; nothing was saved yet"):
+        vla_head.main([*line, "diverged", "--learning-rate", "1e30", "--view", "auto"])
+    assert json.loads((tmp_path / "diverged/args.json").read_text())["args"]["view"] in ("drawn", "rendered")
