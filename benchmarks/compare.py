@@ -67,12 +67,14 @@ def parse(argv=None):
     parser.add_argument("--task", default="lift")
     parser.add_argument("--methods", help=f"of {', '.join(METHODS)}; each may carry its own flags; default poco,qc")
     parser.add_argument("--ablation", choices=ABLATIONS, help="instead of --methods: POCO with values of this argument")
-    parser.add_argument("--seeds", type=int, choices=range(1, 101), metavar="N", default=3, help="how many, at least 1")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", help="where the results go, without an ending; default runs/compare-<task>, or "
                         "runs/<ablation>-<task>")
     parser.add_argument("--finished", action="store_true", help="run nothing: show the finished runs alone")
     args, flags = parser.parse_known_args(argv)
+    if args.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {args.seeds}")
     args.title = args.task
     if args.ablation:
         if args.methods:

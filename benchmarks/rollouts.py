@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 import tyro
 
-from logbook import Clock
+import envs
+from logbook import Clock, UserError, check_numbers, cli
 from train_offline import demonstrations, make_policy, preset_defaults, setup
 from train_online import POCO, Args, Interaction
 
@@ -59,6 +60,11 @@ def measure(speed, mode):
 
 def main():
     speed, rows = tyro.cli(Speed, description=__doc__), {}
+    check_numbers(speed, {"threads": 0})
+    if speed.task not in envs.TASKS:
+        raise UserError(f"unknown task '{speed.task}'; tasks: {', '.join(envs.TASKS)}")
+    if wrong := [mode for mode in speed.modes if not mode.removesuffix("-ray").isdigit()]:
+        raise UserError(f"--modes are numbers of workers, as actors of Ray with -ray behind: 0 1 4-ray, not {wrong[0]}")
     for mode in speed.modes:
         seconds, phases = measure(speed, mode)
         rows[mode] = {"env_steps_per_s": speed.steps / seconds, "ms_per_step": 1e3 * seconds / speed.steps,
@@ -77,4 +83,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

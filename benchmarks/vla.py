@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from adapters.backbone import Backbone
+from logbook import check_numbers, cli, usable_device
 from vla_head import VLAFlowHead
 
 SIZES = {"11m": (dict(hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3,
@@ -82,6 +83,8 @@ def ways(policy, args):
 
 def main():
     args = tyro.cli(Args, description=__doc__)
+    check_numbers(args, {})
+    usable_device(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     policy = build(args)
@@ -106,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)
