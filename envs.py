@@ -435,8 +435,6 @@ class ChunkRunner:
         self.reset(int(state["seed"]))
         for action in np.asarray(state["actions"], np.float32):
             self._execute(action)
-        if self.ended:
-            raise ValueError(f"--episode-limit must be above the {len(self._actions)} steps of the running episode")
         self._queue = list(np.array(state["pending"], np.float32))
 
 

@@ -233,6 +233,8 @@ class Interaction:
             raise UserError("a run goes on as it began: in turn (--rollouts 0) or with --rollouts of any number")
         self.replay.load_state_dict(state["replay"])
         self.runner.load_state_dict(state["runner"])
+        if self.args.rollouts == 0 and self.runner.ended:
+            raise UserError(f"--episode-limit {self.args.episode_limit} has passed in the episode being played")
         self.steps, self.episodes, self.recent = state["steps"], state["episodes"], state["recent"]
         self.act_rng.bit_generator.state = state["act_rng"]
         self.episode_rng.bit_generator.state = state["episode_rng"]

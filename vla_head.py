@@ -459,6 +459,8 @@ class Run:
             setattr(self, name, state[name])
         for name in ("replay", "runner"):
             getattr(self, name).load_state_dict(state[name])
+        if self.runner.ended:
+            raise UserError(f"--episode-limit {self.args.episode_limit} has passed in the episode being played")
         for name in ("act_rng", "episode_rng"):
             getattr(self, name).bit_generator.state = state[name]
         self.batch_rng.set_state(state["batch_rng"])

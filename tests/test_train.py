@@ -328,7 +328,7 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
         "resume nothing": (["--resume", str(tmp_path / "nowhere")], "nowhere"),
         "resume with other networks": (["--resume", str(uninterrupted), "--hidden", "48"], "run does not fit this run"),
         "resume beyond the episode's limit": (["--resume", str(uninterrupted), "--episode-limit", "5"],
-                                              "--episode-limit must be above the 15 steps of the running episode"),
+                                              "--episode-limit 5 has passed in the episode being played"),
         "resume with another replay": (["--resume", str(uninterrupted), "--capacity", "99"], "replay of capacity"),
         "evaluate stage I": (["--eval", str(stage_one)], "method bc, not of method poco"),
         "a checkpoint for nothing": ([*start, "--setting", "online"], "leave out --checkpoint"),
