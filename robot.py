@@ -372,7 +372,7 @@ def train(args):
             book = Logbook.resume(folder, COLUMNS, task=args.task, method="robot")
             with fitting(folder):
                 learner.load_state_dict(book.load("last.pt"), folder / "episodes")
-            book.amend(dataclasses.asdict(args) | {"method": "robot", "resume": None})
+            book.amend(dataclasses.asdict(args))
         else:
             refuse_loss(folder, args.robot)
             book = Logbook.create(folder, dataclasses.asdict(args) | {"method": "robot"}, COLUMNS, args.overwrite)

@@ -291,12 +291,16 @@ def pretrain(args, data, device, book, state=None):
     return policy
 
 
-def stage_one(args, device, within_stage_two=False):
-    """The policy and logbook of the run folder's stage I, trained or finished first if need be. None if interrupted."""
+def stage_one(args, device, data=None):
+    """The policy and logbook of the run folder's stage I, trained or finished first if need be. None if interrupted.
+
+    data: the demonstrations, where stage II has read them already; its flags are not this script's.
+    """
+    within_stage_two = data is not None
     chunks = f"-h{args.horizon}" if args.horizon != Args.horizon else ""         # another policy, another run
     folder = Path(args.resume or args.run_dir or f"runs/{args.task}-bc{chunks}-s{args.seed}")
-    data, state = demonstrations(args), None
-    stored = dataclasses.asdict(args) | {"method": "bc", "resume": None}
+    data, state = data if within_stage_two else demonstrations(args), None
+    stored = dataclasses.asdict(args) | {"method": "bc"}
     if args.resume or ((folder / "last.pt").is_file() and not args.overwrite):
         book = Logbook.resume(folder, COLUMNS, task=args.task, method="bc")
         same = ("data", "demo_episodes", "horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate",
@@ -330,7 +334,7 @@ def load_policy(args, device, data):
     if args.checkpoint is None:
         offline = Args(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Args)})
         offline.run_dir, offline.resume, offline.overwrite = None, None, False
-        done = stage_one(offline, device, within_stage_two=True)
+        done = stage_one(offline, device, data)
         return None if done is None else done[0]
     policy = make_policy(args, device)
     with fitting(args.checkpoint, "use the same --task, --preset, --hidden, --layers and --horizon in both stages"):

@@ -255,7 +255,7 @@ def train(args, agent, data, clock, book, state=None, world_class=Interaction):
             agent.load_state_dict(state["agent"])
             world.load_state_dict(state["world"])
             report.load_state_dict(state["report"], world.steps)
-        book.amend(dataclasses.asdict(args) | {"method": book.args["method"], "resume": None})
+        book.amend(dataclasses.asdict(args))
     with contextlib.closing(world), Interrupt() as interrupt, \
             envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator, \
             Progress("", args.online_steps, args.log_every, world.steps, report.updates) as bar:

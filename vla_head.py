@@ -540,7 +540,7 @@ def main(argv=None):
         with fitting(folder):
             run.load_state_dict(state["run"])
             report.load_state_dict(state["report"], run.steps)
-        book.amend(dataclasses.asdict(args) | {"method": "vla", "resume": None})
+        book.amend(dataclasses.asdict(args))
     if train(args, run, book, report):
         print(f"done: {curve(book.folder)}")
     book.close()

@@ -112,8 +112,9 @@ def load(paths, task):
 def refuse_loss(run_dir, robot):
     """UserError if a new run, on `robot`, would delete what a real arm has played in this folder."""
     count = len(numbered(Path(run_dir) / "episodes"))
-    with contextlib.suppress(UserError):
-        robot = read_args(run_dir).get("robot", robot) if robot == "sim" else robot
+    if robot == "sim":
+        with contextlib.suppress(UserError):          # no args.json: whose episodes these are is not known
+            robot = read_args(run_dir).get("robot", robot)
     if count and robot != "sim":
         raise UserError(f"{run_dir} holds {count} episodes played on {robot}, which no new run deletes: move the "
                         f"folder away, or go on with --resume {run_dir}")

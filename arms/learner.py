@@ -29,8 +29,8 @@ from torch import multiprocessing
 
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from flow_policy import FlowPolicy
-from logbook import (Interrupt, Progress, UserError, keep_rate, load_checkpoint, refuse_nonfinite, save_checkpoint,
-                     usable_device)
+from logbook import (Interrupt, Progress, UserError, fitting, keep_rate, load_checkpoint, refuse_nonfinite,
+                     save_checkpoint, usable_device)
 from poco import e_step, m_step_loss, posterior_weights
 from replay import FIELDS, ChunkReplay
 
@@ -97,12 +97,9 @@ def trained(args, task):
     if (columns := state.get("columns", task.obs_keys)) != task.obs_keys:
         raise UserError(f"{path} has learnt from {', '.join(columns)}, this arm offers {', '.join(task.obs_keys)}: "
                         "give the --observe, --backbone and --instruction it was trained with")
-    try:
+    with fitting(path, "it is of another arm or of other sizes, give the flags it was trained with"):
         policy.load_state_dict(state["actor"])
         critic.load_state_dict(state["critic"])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} is of another arm or of other sizes ({str(error).splitlines()[0]}): give the flags it "
-                        "was trained with") from error
     return Acting(args, policy, critic), state["updates"], state["seen"]
 
 
@@ -394,7 +391,10 @@ def serve(settings, task, connection, shared, lock, version):
                     learner.save(path)
     except (EOFError, OSError):
         pass                                              # the arm's process is gone: save what was learnt
-    except (ValueError, UserError) as error:              # diverged, and there is nothing to save
+    except UserError as error:                            # diverged, as `save` noticed and says
+        connection.send({"failed": str(error)})
+        return
+    except ValueError as error:                           # or as the E-step did
         connection.send({"failed": f"{error}. {path} is the last good checkpoint"})
         return
     learner.save(path)

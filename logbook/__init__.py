@@ -271,8 +271,9 @@ class Logbook:
         """The arguments and versions a resumed run goes on with; what they replace stays in args.json as "earlier"."""
         with _writing(self.folder / "args.json"):
             text, versions = (self.folder / "args.json").read_text(), _versions()
-            stored, self.args = json.loads(text), json.loads(json.dumps(dict(args), default=str))
+            stored, given = json.loads(text), json.loads(json.dumps(dict(args), default=str))
             before = stored["args"]
+            self.args = before | {name: value for name, value in given.items() if name != "resume"}
             replaced = {name: before.get(name) for name, value in self.args.items() if before.get(name) != value}
             if replaced or versions != stored.get("versions"):
                 earlier = [*stored.get("earlier", []), {"args": replaced, "versions": stored.get("versions")}]
