@@ -68,7 +68,7 @@ class ChunkCritic(nn.Module):
 def aggregate(q: Tensor, pessimism: float = 0.0) -> Tensor:
     """One value from M heads: q (M, ...) -> (...), their mean less `pessimism` standard deviations.
 
-    0 is the mean (paper's scripts). 1 with two heads is exactly their minimum (the default of the authors' code); with
+    0 is the mean (authors' scripts). 1 with two heads is exactly their minimum (the default of the authors' code); with
     more heads it mistrusts chunks that the data does not cover, on which the heads disagree.
     """
     mean = q.mean(0)

@@ -5,7 +5,7 @@ The task table, one gymnasium environment per task, open-loop chunk execution, a
     env = envs.make_env("lift", seed=0)
     result = envs.evaluate(policy, "lift", episodes=50, seed=1000)      # policy(obs (1, D), rng) -> chunk (H, A)
 
-Wall time on one core: the first environment 4 s (simulator import), robosuite 500 and OGBench 800 steps/s.
+Wall time on one core: the first environment 4 s (simulator import), robosuite 290 to 500, OGBench 790 to 1,060 steps/s.
 Shapes: D observation, A action, H chunk, T steps of an episode, E evaluation episodes, C conditions of a goal.
 Not here: policies, replay, demonstrations, training seeds. Nothing is ever padded or auto-reset. What robosuite draws
 while it builds a model, as the size of Lift's cube, is that of one fixed model, so that an episode is a function of its
@@ -206,14 +206,14 @@ class SimulatorEnv(gymnasium.Env):
 
 def _import(module: str, render: bool):
     """Imports a simulator without its start-up warnings and without a display, unless something is to be drawn."""
-    if render and os.environ.get("MUJOCO_GL") not in ("egl", "osmesa"):
+    if render and os.environ.get("MUJOCO_GL") not in ("egl", "osmesa", "cgl"):
         os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "osmesa"
     chosen, previous = os.environ.setdefault("MUJOCO_GL", "disable"), logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         simulator = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = f"{module.split('.')[0]} tasks need the simulator ({error}): pip install -r requirements.txt"
+        missing = f"{module.split('.')[0]} tasks need the simulator ({error}): make .venv/ready"
         raise ModuleNotFoundError(missing) from error
     finally:
         logging.disable(previous)

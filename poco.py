@@ -20,9 +20,9 @@ Put this Q into J and complete the KL:
 
 The first term does not depend on r and the second is zero exactly at r = q*. That one line is optimality, uniqueness,
 the optimal value eta log Z and the price of every other choice. The Lagrangian of Eq. 26-29 finds the same stationary
-point: Q - eta log(q*/pi) is the constant eta log Z, its multiplier. eta is fixed here and the prior is the current
-policy, so unlike MPO there is no dual problem. Drawing candidates from pi already supplies the factor pi of q*, which
-is why the particle weights use exp(Q/eta) alone.
+point: Q - eta log(q*/pi) is the constant eta log Z, its multiplier plus eta. eta is fixed here and the prior is the
+current policy, so unlike MPO there is no dual problem. Drawing candidates from pi already supplies the factor pi of
+q*, which is why the particle weights use exp(Q/eta) alone.
 
 What surrounds it. Eq. 9-12: a trajectory's KL is the sum of its steps', and by the chain rule a whole chunk's KL is at
 least that of its first action, so a bound that pays for chunks stays a bound; E- and M-step raise it in turn. Eq. 15:

@@ -1,7 +1,7 @@
 """POCO on an arm (paper Sec. V-A2 and V-D, Table III), and on the same arm without hardware: record, train, eval.
 
     python robot.py record --task insert-usb                       # 30 demonstrations on the simulated arm, 1 minute
-    python robot.py train --task insert-usb --no-realtime          # stage I, warm-up, POCO; 20 minutes on two cores
+    python robot.py train --task insert-usb --no-realtime          # stage I, warm-up, POCO; 15 minutes on two cores
     python robot.py eval --task insert-usb --no-realtime           # the delivered policy, alone
     python robot.py record --task pick-cube --robot piper --teleop arms.piper:PiperLeader --box-center 30 0 20
     python robot.py train --task pick-pen --backbone DIR --no-realtime        # a flow head on a vision-language model
@@ -338,7 +338,11 @@ def session(args):
     pad = "none" if auto else args.keypad.replace("auto", "terminal")
     with deaf_to_hangup(), Interrupt() as interrupt, open_keypad(pad) as keypad:
         print("labels come from the simulation" if auto else HELP)
-        yield Rig(args, robot, senses, keypad, teleop, interrupt, auto)
+        try:
+            yield Rig(args, robot, senses, keypad, teleop, interrupt, auto)
+        finally:
+            with contextlib.suppress(Exception):                             # the arm itself has been let go by now
+                getattr(teleop, "disconnect", lambda: None)()
 
 
 def record(args):

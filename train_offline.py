@@ -52,7 +52,7 @@ class Args:
     workers: int = 2                  # evaluation and collection processes
     device: str = "auto"              # cpu, cuda, mps; auto takes the best one
     threads: int = 0                  # CPU threads for torch; 0 leaves torch's own choice
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of E- and M-step; auto: bfloat16 where it is fast
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of policy and E-step; auto: bfloat16 where fast
     run_dir: str | None = None        # where to write; default runs/<task>-<method>-s<seed>
     overwrite: bool = False           # replace a run that is already in run_dir
     resume: str | None = None         # continue this run folder exactly where it stopped
@@ -183,7 +183,7 @@ class Acting:
         pick = 0
         if self.critic is not None:
             q = aggregate(self.critic(obs, chunks), self.pessimism)                                          # (1, n)
-            weights = posterior_weights(q, self.temperature)[0].double().cpu().numpy()
+            weights = posterior_weights(q, self.temperature)[0].cpu().double().numpy()      # MPS has no float64
             pick = rng.choice(n, p=weights / weights.sum())
         return chunks[0, pick].cpu().numpy()
 
@@ -294,7 +294,7 @@ def pretrain(args, data, device, book, state=None):
 def stage_one(args, device, data=None):
     """The policy and logbook of the run folder's stage I, trained or finished first if need be. None if interrupted.
 
-    data: the demonstrations, where stage II has read them already; its flags are not this script's.
+    data: the demonstrations, where stage II has read them already; errors then name stage II's flags.
     """
     within_stage_two = data is not None
     chunks = f"-h{args.horizon}" if args.horizon != Args.horizon else ""         # another policy, another run

@@ -206,7 +206,7 @@ class Interaction:
                 self.runner.reset(self._episode_seed())
 
     def warmup(self):
-        """Whether what comes next is still learnt from with a frozen actor."""
+        """Whether the actor is still frozen in the updates after the next step."""
         return self.steps < self.args.warmup_steps
 
     def batches(self):
@@ -260,7 +260,7 @@ def train(args, agent, data, clock, book, state=None, world_class=Interaction):
             envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator, \
             Progress("", args.online_steps, args.log_every, world.steps, report.updates) as bar:
         if world.steps == 0:
-            evaluate(args, agent, evaluator, args.final_episodes, 0, book, bar)
+            evaluate(agent, evaluator, args.final_episodes, 0, book, bar)
         clock.split()
         while world.steps < args.online_steps:
             warmup = world.warmup()
@@ -277,7 +277,7 @@ def train(args, agent, data, clock, book, state=None, world_class=Interaction):
             if step % args.eval_every == 0 or last:
                 with clock("eval"):
                     episodes = args.final_episodes if last else args.eval_episodes
-                    rate = evaluate(args, agent, evaluator, episodes, step, book, bar)
+                    rate = evaluate(agent, evaluator, episodes, step, book, bar)
             if step % args.log_every == 0:                    # after the evaluation, whose time belongs to it
                 report.write(step, warmup=int(warmup), success=world.success(), episodes=world.episodes)
             if rate > report.best and not warmup:
@@ -299,7 +299,7 @@ def save(book, name, agent, world, report):
     book.save(name, state)
 
 
-def evaluate(args, agent, evaluator, episodes, step, book, bar):
+def evaluate(agent, evaluator, episodes, step, book, bar):
     """Success of every way of acting (at step 0 of the bare policy: no critic has learnt yet); returns the first's."""
     rates = {}
     modes = agent.modes if step > 0 else ("policy",)

@@ -4,7 +4,7 @@
     python vla_head.py --task lift --preset paper --backbone DIR      # Table V on real SmolVLM or PaliGemma weights
     from vla_head import Backbone, Learner, VLAFlowHead, INSTRUCTIONS               # the arm takes the head
 
-The backbone runs once per state, without gradient; what it says is kept, flat, beside the proprioception: that vector
+The backbone runs once per state, without gradient; its hidden states, flat, and the proprioception: that vector
 is the observation in the replay. The head is a small diffusion transformer (AdaLN) over the chunk's H actions which
 cross-attends to the backbone's hidden states. N candidates are folded into the query axis against keys and values that
 are projected once per `sample` and never expanded, so N x K head steps share one prefix. `VLAFlowHead` inherits the
@@ -50,7 +50,6 @@ class Context:
 
     hidden: Tensor                    # (B, L, W) standardised
     state: Tensor                     # (B, P) standardised
-    mask: Tensor | None = None        # (B, L) bool, False: not a token
     projected: list | None = None     # per layer (key, value), each (B, heads, L, C / heads)
 
     def __len__(self):
@@ -76,7 +75,7 @@ class Block(nn.Module):
         """Context tokens (B, L, C) -> key and value, each (B, heads, L, C / heads)."""
         return self._split(self.key_value(tokens), 2)
 
-    def forward(self, x: Tensor, condition: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """x (B, N, H, C), condition (B, N, 1, C) -> (B, N, H, C)."""
         shape = x.shape
         shift, scale, gate = self.modulation(F.silu(condition)).unflatten(-1, (3, 3, -1)).unbind(-3)   # (B, N, 1, 3, C)
@@ -86,8 +85,8 @@ class Block(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape)
         x = x + (1 + gate[..., 0, :]) * self.self_out(h)
         q, = self._split(self.query(norm[1](x)).flatten(1, 2), 1)                    # (B, heads, N*H, C / heads)
-        h = F.scaled_dot_product_attention(q, key, value, None if mask is None else mask[:, None, None])
-        x = x + (1 + gate[..., 1, :]) * self.cross_out(h.transpose(1, 2).reshape(shape))
+        h = F.scaled_dot_product_attention(q, key, value).transpose(1, 2).reshape(shape)
+        x = x + (1 + gate[..., 1, :]) * self.cross_out(h)
         return x + (1 + gate[..., 2, :]) * self.narrow(F.silu(self.wide(norm[2](x))))
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -165,7 +164,7 @@ class VLAFlowHead(FlowPolicy):
         condition = condition.unsqueeze(2)                                           # (B, N, 1, C)
         h = self.from_action(x) + self.step_place + self.from_state(context.state)[:, None, None]
         for block, (key, value) in zip(self.blocks, projected):
-            h = block(h, condition, key, value, context.mask)
+            h = block(h, condition, key, value)
         shift, scale = self.last(F.silu(condition)).chunk(2, -1)
         return self.out(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift)
 
@@ -203,14 +202,16 @@ class Learner:
         self.target, self.actor = copy.deepcopy(self.critic), copy.deepcopy(policy)     # the backbone is shared
         for frozen in (self.target, self.actor):
             frozen.requires_grad_(False)
-        self.actor_optimizer = keep_rate(torch.optim.Adam(policy.head_parameters(), lr=args.actor_learning_rate))
-        self.critic_optimizer = keep_rate(torch.optim.Adam(self.critic.parameters(), lr=args.critic_learning_rate))
+        self.cloning, self.actor_optimizer, self.critic_optimizer = (
+            keep_rate(torch.optim.Adam(parameters, lr=rate)) for parameters, rate in (
+                (policy.head_parameters(), args.learning_rate), (policy.head_parameters(), args.actor_learning_rate),
+                (self.critic.parameters(), args.critic_learning_rate)))
 
     def clone(self, batch) -> dict:
         """One step of behaviour cloning; load the actor with the policy when it is done."""
         context = self.policy.encode(batch.obs)
         loss, stats = m_step_loss(self.policy, context, batch.chunk, batch.valid, None, None, 0, 0)
-        self._minimise(loss, self.actor_optimizer)
+        self._minimise(loss, self.cloning)
         return stats
 
     def update(self, batch, warmup: bool) -> dict:
@@ -248,7 +249,7 @@ class Learner:
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name).state_dict() for name in
-                ("policy", "actor", "critic", "target", "actor_optimizer", "critic_optimizer")}
+                ("policy", "actor", "critic", "target", "cloning", "actor_optimizer", "critic_optimizer")}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises UserError for a checkpoint of other sizes, naming a weight that does not fit."""
@@ -398,27 +399,24 @@ class Run:
         self.act_rng, self.episode_rng = (np.random.default_rng([args.seed, stream]) for stream in (1, 2))
         self.batch_rng = torch.Generator(policy.device).manual_seed(args.seed)
         self.runner = envs.ChunkRunner(self.environment(), lambda obs: learner.act(obs[None], self.act_rng))
-        self.steps, self.episodes, self.recent = 0, 0, []
+        self.cloned, self.steps, self.episodes, self.recent = 0, 0, 0, []
 
     def environment(self, every=1):
         env = envs.make_env(self.args.task, episode_limit=self.args.episode_limit, env_args=self.view.env_args)
         return Seeing(env, self.view, self.learner.policy.observe, STATE, every)
 
-    def supervised(self):
-        """SFT: behaviour cloning of the demonstrations, before anything else is in the replay."""
-        args, learner, every, start = self.args, self.learner, max(self.args.sft_steps // 5, 1), time.time()
-        optimizer = learner.actor_optimizer
-        learner.actor_optimizer = torch.optim.Adam(learner.policy.head_parameters(), lr=args.learning_rate)
+    def supervised(self, save) -> bool:
+        """SFT: behaviour cloning of the demonstrations, before anything else is in the replay. False if interrupted."""
+        total, start = self.args.sft_steps, time.time()
         with Interrupt() as interrupt:
-            for step in range(1, args.sft_steps + 1):
-                stats = learner.clone(self.batch())
-                if step % every == 0:
-                    seconds = time.time() - start
-                    print(f"SFT {step}/{args.sft_steps}: loss {stats['bc']:.3f}, {seconds:.0f} s", flush=True)
-                if interrupt.stop:
-                    raise UserError(f"stopped at step {step} of SFT, which is saved when it ends: nothing was saved")
-        learner.actor.load_state_dict(learner.policy.state_dict())
-        learner.actor_optimizer = optimizer
+            while self.cloned < total and not interrupt.stop:
+                stats = self.learner.clone(self.batch())
+                self.cloned += 1
+                if self.cloned % max(total // 5, 1) == 0 or self.cloned == total or interrupt.stop:
+                    self.learner.actor.load_state_dict(self.learner.policy.state_dict())
+                    save()
+                    print(f"SFT {self.cloned}/{total}: loss {stats['bc']:.3f}, {time.time() - start:.0f} s", flush=True)
+        return self.cloned >= total
 
     def batch(self):
         return self.replay.sample(self.args.batch_size, self.batch_rng)
@@ -449,17 +447,17 @@ class Run:
         print(f"step {step}: success {envs.EvalResult(*(np.array(column) for column in zip(*rows)))}", flush=True)
 
     def state_dict(self) -> dict:
-        numbers = {name: getattr(self, name) for name in ("steps", "episodes", "recent")}
+        numbers = {name: getattr(self, name) for name in ("cloned", "steps", "episodes", "recent")}
         return numbers | {"replay": self.replay.state_dict(), "runner": self.runner.state_dict(),
                           "act_rng": self.act_rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
                           "episode_rng": self.episode_rng.bit_generator.state, "batch_rng": self.batch_rng.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("steps", "episodes", "recent"):
+        for name in ("cloned", "steps", "episodes", "recent"):
             setattr(self, name, state[name])
         for name in ("replay", "runner"):
             getattr(self, name).load_state_dict(state[name])
-        if self.runner.ended:
+        if self.runner.ended and self.runner.seed is not None:
             raise UserError(f"--episode-limit {self.args.episode_limit} has passed in the episode being played")
         for name in ("act_rng", "episode_rng"):
             getattr(self, name).bit_generator.state = state[name]
@@ -529,10 +527,6 @@ def main(argv=None):
     if fresh:
         print(price(args, learner, run.replay.capacity), flush=True)
         run.replay.extend(data)
-        run.supervised()
-        run.reset()
-        save(book, run, report)
-        run.evaluate(book, 0)
     else:
         learner.load_state_dict(state["learner"])
         if args.eval:
@@ -541,6 +535,12 @@ def main(argv=None):
             run.load_state_dict(state["run"])
             report.load_state_dict(state["report"], run.steps)
         book.amend(dataclasses.asdict(args))
+    if run.runner.seed is None:                                                  # the first episode is still to come
+        if not run.supervised(lambda: save(book, run, report)):
+            return print(f"saved at step {run.cloned} of SFT; continue with --resume {book.folder}")
+        run.reset()
+        save(book, run, report)
+        run.evaluate(book, 0)
     if train(args, run, book, report):
         print(f"done: {curve(book.folder)}")
     book.close()

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from logbook import UserError
 
 INSTRUCTIONS = {"lift": "lift the red cube", "can": "put the can into its bin", "square": "put the nut on the peg",
-                "pick-pen": "pick up the pen and put it into the holder",
-                "hang-keychain": "hang the keychain on the hook"}
+                "pick-pen": "Place the black pen in the green pen cup.",                              # the paper's
+                "hang-keychain": "Pick up the orange keychain and hang it onto the white hook."}      # words
 # What surrounds image and instruction in the prompt, by the family of the model.
 PROMPTS = {"smolvlm": ("<|im_start|>User:", "<fake_token_around_image><global-img>{}<fake_token_around_image>",
                        "{}<end_of_utterance>\nAssistant:"),

@@ -36,7 +36,8 @@ from replay import FIELDS, ChunkReplay
 
 from .episodes import load, numbered
 
-STATS = ("critic", "q_data", "q_mean", "q_spread", "ess", "kl", "clip_frac", "alive_mass", "bc", "surrogate")
+STATS = ("critic", "q_data", "q_mean", "q_min", "q_max", "q_spread", "ess", "kl", "clip_frac", "alive_mass", "bc",
+         "surrogate")
 
 STARVED = 1000                                 # updates behind the steps at which the learner's lag is told
 
@@ -80,7 +81,7 @@ class Acting:
         if posterior:
             weights = posterior_weights(aggregate(self.critic(seen(policy, obs), chunks), self.args.pessimism),
                                         self.args.temperature)[0]
-            weights = weights.double().cpu().numpy()
+            weights = weights.cpu().double().numpy()
             pick = rng.choice(n, p=weights / weights.sum())
         return chunks[0, pick].cpu().numpy()
 
@@ -190,7 +191,7 @@ class Learner:
 
     def update(self):
         """One critic step and, after the warm-up, one E-step and M-step."""
-        args, policy, stats = self.args, self.policy, {}
+        args, policy = self.args, self.policy
         batch = self.replay.sample(args.batch_size, self.generator)
         now, after = seen(policy, batch.obs), seen(policy, batch.next_obs)
         next_chunk = policy.sample(policy.encode(batch.next_obs), 1)
@@ -200,10 +201,11 @@ class Learner:
         minimise(loss, self.critic_optimizer)
         ema_update(self.target, self.critic, args.tau)
         if self.updates >= args.warmup_updates:
-            context = policy.encode(batch.obs)
-            candidates, weights, e_stats = e_step(
-                policy, lambda _, chunks: aggregate(self.target(now, chunks), args.pessimism), context,
-                args.num_candidates, args.temperature)
+            context, candidates, weights, e_stats = policy.encode(batch.obs), None, None, {}
+            if args.guidance > 0:
+                candidates, weights, e_stats = e_step(
+                    policy, lambda _, chunks: aggregate(self.target(now, chunks), args.pessimism), context,
+                    args.num_candidates, args.temperature)
             loss, m_stats = m_step_loss(policy, context, batch.chunk, batch.valid, candidates, weights, args.guidance,
                                         args.clip)
             minimise(loss, self.actor_optimizer)
@@ -360,7 +362,7 @@ def serve(settings, task, connection, shared, lock, version):
     args, running = types.SimpleNamespace(**settings), True
     torch.set_num_threads(args.threads)
     folder, path = Path(args.run_dir) / "episodes", Path(args.run_dir) / "last.pt"
-    learner, known = Learner(args, task), set()
+    learner = Learner(args, task)
     learner.load_state_dict(load_checkpoint(path), folder)
     for late in numbered(folder)[learner.absorbed:]:
         learner.add(late)

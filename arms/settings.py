@@ -27,6 +27,8 @@ TASKS = {"pick-cube": dict(episode_limit=200, box_size=(40, 40, 30)),
          "route-cable": dict(episode_limit=150, box_size=(20, 30, 30)),
          "insert-usb": dict(episode_limit=200, box_size=(20, 15, 15)),
          "assemble-ssd": dict(episode_limit=180, box_size=(12, 15, 15)), "pick-pen": VLA, "hang-keychain": VLA}
+DEMONSTRATIONS = {"pick-cube": 40, "route-cable": 30, "insert-usb": 50, "assemble-ssd": 40, "pick-pen": 50,
+                  "hang-keychain": 50}         # Table I
 PRESETS = {"paper": {}, "cpu": dict(                                       # ours: minutes on a laptop
     hidden=256, layers=3, flow_steps=5, batch_size=128, online_learning_rate=3e-4, critic_learning_rate=3e-4,
     act="posterior", heads=5, pessimism=1.0, tau=0.02,
@@ -49,7 +51,7 @@ class Args:
     keypad: str = "auto"              # terminal, /dev/input/by-id/... or none; auto: none where the arm knows success
     realtime: bool = True             # False, simulated arm only: at full speed, learning between the episodes
     seed: int = 0                     # of networks, batches and simulated episodes
-    episodes: int = 0                 # to record, to have trained on, to evaluate; 0: 30, 200, 20 (ours)
+    episodes: int = 0                 # to record, to have trained on, to evaluate; 0: 30 (paper: Table I's), 200, 20
     episode_limit: int = 200          # steps until an episode is truncated
     data: str | None = None           # folder of recorded episodes; default data/<task>-<robot>
     run_dir: str | None = None        # default runs/<task>-robot-s<seed>
@@ -101,15 +103,17 @@ class Args:
     learner: str | None = None        # address of a Ray cluster whose GPU machine learns; None: a process here
 
     def seed_of(self, number):
-        """Of simulated episode `number`: recording, training and evaluation never share one."""
-        return {"record": 500_000, "train": 0, "eval": 1_000_000}[self.role] + 10_000 * self.seed + number
+        """Of simulated episode `number` below 10,000: recording, training and evaluation never share one."""
+        fifties, seed = divmod(self.seed, 50)
+        role = {"record": 500_000, "train": 0, "eval": 1_000_000}[self.role]
+        return role + 10_000 * seed + number + 1_500_000 * fifties
 
 
 def parse(argv, description):
     """Command line -> Args: the tables fill the defaults, a resumed run's own arguments come before them."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)        # looked at first: --help then shows the
-    for name in ("--task", "--preset", "--seed", "--run-dir", "--resume"):     # defaults of this task
-        first.add_argument(name)
+    for names in ("--task",), ("--preset",), ("--seed",), ("--run-dir", "--run_dir"), ("--resume",):  # defaults of
+        first.add_argument(*names)                                             # this task; tyro takes both spellings
     given = first.parse_known_args(argv)[0]
     task, folder = given.task or Args.task, given.resume
     if argv[:1] == ["eval"]:                                                   # tested as it was trained
@@ -144,7 +148,8 @@ def parse(argv, description):
     if args.role == "record" and Path(args.data).is_file():
         raise UserError(f"--data {args.data} is a file: record writes one file per episode into a folder")
     args.run_dir = args.resume or args.run_dir or f"runs/{args.task}-robot-s{args.seed}"
-    args.episodes = args.episodes or {"record": 30, "train": 200, "eval": 20}[args.role]
+    record = 30 if args.preset == "cpu" else DEMONSTRATIONS[args.task]
+    args.episodes = args.episodes or {"record": record, "train": 200, "eval": 20}[args.role]
     return args
 
 

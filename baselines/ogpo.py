@@ -7,13 +7,14 @@ critic's value. A moving average of the policy imagines G chains for each of a f
 that do better than their group, without a gradient through critic or integration. ogpo-plus also clones episodes that
 succeeded; ogpo-ca moreover trusts an advantage only where all critic heads agree on its sign.
 
-Noise is as in the authors' code (github.com/simchowitzlabpublic/OGPO_public): std s0 sqrt(1 - t) for a whole step; the
-drift along the score, scaled by 1/K, is K times too small to keep the marginals, so chunks spread a little wider. Other
-than there: rewards are POCO's, whose values are 100 times smaller (theirs: r - 1, +5 on success), so --bc-weight is
-too; demonstrations are in the replay (it starts empty); the critic warms up with a frozen policy; --prompts states of a
-batch with --group chains (all 256 with 32); only the finished chunk is clipped to [-1, 1] (also every step's mean),
-where the critic sees it; tau and the critic's rate are those of the other methods here; chunks are cut at an episode's
-end and kept. Not here: learnt noise, a second TD step on successes, chi2's ceiling and part in the target.
+Noise has the form of the authors' code (github.com/simchowitzlabpublic/OGPO_public): std s0 sqrt(1 - t) for a whole
+step; the drift along the score, scaled by 1/K, is K times too small to keep the marginals, so chunks spread a little
+wider. Other than there: rewards are POCO's, whose values are 100 times smaller (theirs: r - 1, +5 on success), so
+--bc-weight is too; demonstrations are in the replay (it starts empty); the critic warms up with a frozen policy;
+--prompts states of a batch with --group chains (all 256 with 32); only the finished chunk is clipped to [-1, 1] (also
+every step's mean), where the critic sees it; tau and the critic's rate are those of the other methods here; chunks are
+cut at an episode's end and kept. Not here: learnt noise, a second TD step on successes, chi2's ceiling and part in the
+target, cosine rates, weight decay.
 Shapes: B batch, P prompts, G chains of each, K flow steps, H chunk, A action, D observation, M critic heads.
 """
 import bisect
@@ -40,13 +41,13 @@ class Args(LoopArgs):
     actor_learning_rate: float = 1e-4  # Adam, policy (ours)
     prompts: int = 32                 # P, states of the batch to imagine chains for (ours)
     group: int = 16                   # G, chains of each prompt (ours)
-    noise: float = 0.2                # s0, noise of the first flow step; it falls with sqrt(1 - t)
+    noise: float = 0.2                # s0, noise of the first flow step; it falls with sqrt(1 - t) (ours; theirs 0.05)
     ratio_clip: float = 0.01          # PPO's epsilon, on one ratio per chain
     bc_weight: float = 0.01           # of cloning successes (plus, ca) against the policy gradient
     q_samples: int = 1                # next chunks averaged in the critic's target (Q-variance reduction)
     chi2: float = 0.0                 # b0, weight of the chi2 regulariser against a slowly moving policy; 0: none
     chi2_tau: float = 0.0005          # rate of the slowly moving policy
-    best_of: int = 1                  # chains drawn to execute the best of while collecting
+    best_of: int = 1                  # chains drawn to execute the best of while collecting (ours; theirs 8)
 
 
 def step_mean(policy, context, x, t, s0):

@@ -6,8 +6,8 @@
     python -m benchmarks.compare --task lift --methods poco,qc --seeds 3 --online-steps 6000    # flags for every run
 
 Runs go to runs/<task>-<method>-s<seed>/ and start from runs/<task>-bc-s<seed>, trained if missing. A finished run is
-skipped and an interrupted one continued, so the same command picks up where it stopped, adds seeds and adds methods;
-with --finished it shows what is there so far.
+skipped and an interrupted one continued, so the same command picks up where it stopped, adds seeds and adds methods
+(other flags than a run was made with are refused); with --finished it shows what is there so far.
 An ablation is POCO with several values of one argument; 'poco' among them is the one with the preset's own value.
 Writes --out (default runs/compare-<task>, runs/<ablation>-<task>).csv, .md (the table), .png (environment steps on x)
 and -time.png (seconds).
@@ -116,10 +116,12 @@ def finished(folder):
 def run(task, method, seed, flags):
     """One run, unless it is finished. False if the user interrupted it."""
     folder, (name, *own) = folder_of(task, method, seed), method.split()
+    module, variant, _ = METHODS[name]
+    if finished(folder) or (folder / "last.pt").exists():
+        refuse_other_flags(folder, module, task, flags)
     if finished(folder):
         print(f"{folder}: finished", flush=True)
         return True
-    module, variant, _ = METHODS[name]
     if (folder / "last.pt").exists():
         argv = ["--resume", str(folder)]
     else:                                     # whatever is there was interrupted before it first saved
@@ -127,6 +129,15 @@ def run(task, method, seed, flags):
     print(f"{folder}: python -m {module} {' '.join(argv)}", flush=True)
     importlib.import_module(module).main(argv)
     return finished(folder)
+
+
+def refuse_other_flags(folder, module, task, flags):
+    """A run that is there keeps the flags it was made with: it must not pass for one made with these."""
+    stored, asked = read_args(folder), vars(parse_run(importlib.import_module(module).Args, ["--task", task, *flags]))
+    for name in (flag.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_") for flag in flags):
+        if name in stored and name in asked and stored[name] != asked[name] and name in SHARED + POCO:
+            raise UserError(f"{folder} was made with {name} {stored[name]}, not {asked[name]}: move it away, or leave "
+                            f"--{name.replace('_', '-')} out")
 
 
 def refuse_unlike(folders, methods, names=SHARED):

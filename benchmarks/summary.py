@@ -1,6 +1,6 @@
 """The README's tables, from the CSV files of runs.
 
-    python -m benchmarks.summary benchmarks/lift/*        # one row per run: success at every evaluation, time, settings
+    python -m benchmarks.summary benchmarks/lift/*        # a row per run and way of acting, then seconds
     python -m logbook benchmarks/lift/poco-s*             # the figure
 
 Seconds are progress.csv's; the last evaluation is among them in newer runs only. Folders without eval.csv are left out.

@@ -113,6 +113,21 @@ def test_a_new_run_gets_its_own_flags_and_those_of_all(monkeypatch):
                       "--run-dir", "runs/lift-poco-posterior_clip_0-s4", "--overwrite"]]
 
 
+@pytest.mark.parametrize("flags", [["--online-steps", "300"], ["--online_steps=300"], ["--no-video", "--clip", "0.3"]])
+def test_a_run_that_is_there_does_not_pass_for_one_made_with_other_flags(flags, monkeypatch):
+    fake_run("poco", 0, clip=0.6)
+    with pytest.raises(UserError, match="lift-poco-s0 was made with (online_steps 200, not 300|clip 0.6, not 0.3)"):
+        compare.main(["--methods", "poco", "--seeds", "1", *flags])
+    (compare.folder_of("lift", "poco", 0) / "curve.png").unlink()                      # interrupted, then
+    (compare.folder_of("lift", "poco", 0) / "last.pt").touch()
+    with pytest.raises(UserError, match="was made with"):
+        compare.main(["--methods", "poco", "--seeds", "1", *flags])
+    calls = []
+    monkeypatch.setattr(train_online, "main", calls.append)
+    compare.main(["--methods", "poco", "--seeds", "1", "--online-steps", "200", "--clip", "0.60", "--threads", "2"])
+    assert calls == [["--resume", "runs/lift-poco-s0"]]
+
+
 def test_runs_of_different_settings_are_not_compared_unless_that_is_what_is_compared():
     fake_run("poco", 0)
     fake_run("qc", 0, "best", preset="paper")

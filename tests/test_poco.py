@@ -262,7 +262,8 @@ def test_a_small_enough_eta_is_exactly_best_of_n(seed, gap):
 @example(seed=0, eta=1e-3, power=2, dtype=torch.float16)
 def test_weights_survive_any_q_in_any_precision(seed, eta, power, dtype):
     """Finite, >= 0, rows sum to 1, in float32 or better, for |Q| up to 1e6 and eta from 1e-3. Eq. 16-17."""
-    q = (10**power * rows(seed)[0].tanh()).to(dtype).clamp(-6e4 if dtype == torch.float16 else -1e6, 6e4)
+    q = (10**power * rows(seed)[0].tanh()).to(dtype)
+    q = q.clamp(-6e4, 6e4) if dtype == torch.float16 else q
     for weights in (posterior_weights(q, eta), posterior(torch.ones_like(q) / 2**4, q, eta)):
         assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert (weights >= 0).all() and torch.isfinite(weights).all()

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
+import arms.learner as learner_module
 import robot
 from arms.episodes import Take, following, layout, length, load, merge, numbered, outcome, reach, refuse_loss
 from arms.keypad import ScriptedPad
 from arms.learner import STARVED, Acting, Background, Learner, flat, networks, serve
 from arms.senses import JOINTS, PERIOD, Pace, Senses
-from arms.settings import open_arm, parse
+from arms.settings import TASKS, open_arm, parse
 from arms.sim import SimArm
 from logbook import Interrupt, UserError
 from robot import LATE
@@ -327,6 +328,37 @@ def test_a_real_arm_needs_a_keypad(monkeypatch):
             pass
 
 
+@pytest.mark.parametrize("fault", [None, OSError("unplugged")])
+def test_the_leader_is_let_go_whatever_happens(fault, monkeypatch):
+    left = []
+
+    class Leader:
+        def disconnect(self):
+            left.append(True)
+            raise fault or RuntimeError("twice")
+    monkeypatch.setattr(robot, "open_arm", lambda args: (SimArm("peg", cameras=False, realtime=False), Leader()))
+    with pytest.raises(OSError) if fault else contextlib.nullcontext():
+        with robot.session(parse(["train", *TOY], "")):
+            if fault:
+                raise fault
+    assert left == [True]
+
+
+def test_seeds_of_recording_training_and_evaluation_never_meet():
+    seeds = [parse([role, *TOY, "--seed", str(seed)], "").seed_of(number) for role in ("record", "train")
+             for seed in (0, 1, 49, 50, 51, 99, 100, 150) for number in (0, 9999)]
+    tested = parse(["record", *TOY], "")
+    tested.role = "eval"
+    for tested.seed in (0, 49, 50, 100):
+        seeds += [tested.seed_of(0), tested.seed_of(9999)]
+    assert len(set(seeds)) == len(seeds) and tested.seed_of(1) == tested.seed_of(0) + 1
+
+
+def test_as_many_demonstrations_as_in_the_paper():
+    counts = [parse(["record", "--preset", "paper", "--task", task], "").episodes for task in TASKS]
+    assert counts == [40, 30, 50, 40, 50, 50] and parse(["record", *TOY], "").episodes == 30
+
+
 def test_a_closed_terminal_is_a_lost_keypad_and_the_arm_is_left_in_order(tmp_path):
     """The terminal that the program runs in, so the kernel sends SIGHUP as well."""
     pid, terminal = pty.fork()
@@ -404,6 +436,21 @@ def test_a_learner_in_the_background_says_why_it_stopped(tmp_path, monkeypatch):
           SimpleNamespace(value=0))
     assert "a non-finite Q" in said[-1]["failed"] and "last.pt is the last good" in said[-1]["failed"]
     assert path.read_bytes() == good
+
+
+def test_guidance_zero_is_behaviour_cloning_and_samples_no_candidate(tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("the E-step ran although guidance is 0")
+    monkeypatch.setattr(learner_module, "e_step", forbidden)
+    robot.main(["record", *TOY, "--episodes", "1", "--data", str(tmp_path / "demos")])
+    args = parse(["train", *TOY, "--data", str(tmp_path / "demos"), "--guidance", "0", "--warmup-updates", "1"], "")
+    learner = Learner(args, layout("insert-usb", {"joints": 6, "gripper": 1, "eef": 9, "object": 4}))
+    before = flat([learner.policy]).clone()
+    learner.update(), learner.update()
+    assert not torch.equal(flat([learner.policy]), before) and {"bc"} == {"bc", "surrogate", "ess"} & set(learner.sums)
+    with pytest.raises(AssertionError, match="E-step ran"):
+        args.guidance = 1.0
+        learner.update()
 
 
 def test_the_arm_waits_for_weights_that_are_just_being_written():

@@ -219,6 +219,8 @@ def test_the_whole_path_learns_logs_and_evaluates_what_was_trained(trained, reco
     assert len(result) == 2 and len((trained / "eval.csv").read_text().splitlines()) == 3
     assert {row["step"] for row in csv.DictReader(open(trained / "eval.csv"))} == {rows[-1]["step"]}     # of the curve
     assert robot.main(["eval", "--run-dir", str(trained), "--episodes", "2"]) == result
+    for flag in ("--run-dir", "--run_dir"):                                        # both spellings take its settings
+        assert parse(["eval", flag, str(trained)], "").hidden == 32
     assert "policy " in capsys.readouterr().out
 
 

@@ -224,7 +224,8 @@ def test_record_train_eval_from_rendered_pictures(tmp_path):
                     f"train {toy} --run-dir {tmp_path}/run --episodes 2 --episode-limit 12",
                     f"eval --run-dir {tmp_path}/run --episodes 1 --episode-limit 6")
     assert result.returncode == 0, result.stderr
-    assert "hang the keychain on the hook" in result.stdout and (tmp_path / "run" / "eval.csv").exists()
+    assert "Pick up the orange keychain and hang it onto the white hook." in result.stdout
+    assert (tmp_path / "run" / "eval.csv").exists()
     assert result.stderr.count("tiny random one") == 3                        # said at every start
     with h5py.File(tmp_path / "run" / "episodes" / "episode_00000.hdf5") as file:
         column = next(name for name in file["data/demo_0/obs"] if name.startswith("tokens"))
