@@ -4,13 +4,13 @@
     python vla_head.py --task lift --preset paper --backbone DIR      # Table V on real SmolVLM or PaliGemma weights
     from vla_head import Backbone, Learner, VLAFlowHead, INSTRUCTIONS               # the arm takes the head
 
-The backbone runs once per state, without gradient; its hidden states, flat, and the proprioception: that vector
-is the observation in the replay. The head is a small diffusion transformer (AdaLN) over the chunk's H actions which
+The backbone runs once per state, without gradient; its hidden states, flat beside the proprioception, are the
+observation in the replay. The head is a small diffusion transformer (AdaLN) over the chunk's H actions which
 cross-attends to the backbone's hidden states. N candidates are folded into the query axis against keys and values that
 are projected once per `sample` and never expanded, so N x K head steps share one prefix. `VLAFlowHead` inherits the
 sampler and the loss of flow_policy.FlowPolicy: poco.e_step and poco.m_step_loss see no difference. The critic is
 chunk_critic.ChunkCritic on pooled features and proprioception. `transformers` is imported only when a backbone is made.
-Not here: pi0.5, SmolVLA and GR00T with heads of their own (adapters/), tuning of the backbone, the real arm (robot.py).
+Not here: pi0.5, SmolVLA and GR00T with their own heads (arms/adapters/), tuning the backbone, a real arm (robot.py).
 
 Shapes: B batch, V views, S image side, L tokens, W their width, P proprioception, N candidates, H chunk, A action,
 C channels of the head, K flow steps, F features of the critic.
@@ -31,8 +31,8 @@ from torch.nn import functional as F
 
 import demos
 import envs
-from adapters.backbone import INSTRUCTIONS, Backbone, tiny_backbone
-from adapters.cost import cost
+from arms.adapters.backbone import INSTRUCTIONS, Backbone, tiny_backbone
+from arms.adapters.cost import cost
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from demos.views import Seeing, View, see_demonstrations
 from flow_policy import FlowPolicy

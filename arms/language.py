@@ -8,7 +8,7 @@ Tasks with an instruction (paper Sec. V-F, Table V): a frozen vision-language mo
 The model runs in the arm's process, once per state; its hidden states are kept in the episodes' files and the replay as
 any other feature, so stage I, the learner's process and a resumed run never need it. Their column's name says what made
 them, tokens_LxW_DIGITS: recordings of another model, instruction or number of cameras do not fit and are refused.
-Not here: the head and the model (vla_head.py, adapters/backbone.py), the ResNet of the other tasks (vision.py).
+Not here: the head and the model (vla_head.py, arms/adapters/backbone.py), the ResNet of the other tasks (vision.py).
 Shapes: L tokens, W their width, H and W pixels of a picture.
 """
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 import numpy as np
 import torch
 
-from adapters.backbone import INSTRUCTIONS, Backbone, tiny_backbone
+from arms.adapters.backbone import INSTRUCTIONS, Backbone, tiny_backbone
 from logbook import UserError
 
 from .senses import PERIOD

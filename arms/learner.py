@@ -9,8 +9,7 @@
     learner.acting()(obs, rng)                        # obs (D,) -> chunk (H, A), with the newest weights
 
 An episode reaches the learner as the path of its file, and weights come back as one shared array of numbers with a
-version; nothing is unpickled that another machine could have sent. All that a restart needs is on disk: episodes and
-last.pt.
+version; nothing is unpickled that another machine could have sent. A restart needs the episodes on disk and last.pt.
 Not here: the loss itself (poco.py), the control loop (robot.py), several arms or machines (distributed/).
 """
 import contextlib
@@ -229,8 +228,7 @@ class Learner:
         parts = ("policy", "actor", "critic", "target", "cloning", "actor_optimizer", "critic_optimizer")
         return {name: getattr(self, name).state_dict() for name in parts} | {
             "columns": self.task.obs_keys, "cloned": self.cloned, "updates": self.updates, "absorbed": self.absorbed,
-            "seen": self.seen,
-            "generator": self.generator.get_state(), "torch_rng": torch.get_rng_state()}
+            "seen": self.seen, "generator": self.generator.get_state(), "torch_rng": torch.get_rng_state()}
 
     def load_state_dict(self, state, folder):
         """Continue from a checkpoint; the episodes it had absorbed are read again from `folder`, none else."""

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 import tyro
 
-from adapters.backbone import Backbone
+from arms.adapters.backbone import Backbone
 from logbook import check_numbers, cli, usable_device
 from vla_head import VLAFlowHead
 

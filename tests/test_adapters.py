@@ -1,4 +1,4 @@
-"""adapters/: each against a tiny random build of the library's real class: sampler, loss, freezing, sharing, POCO.
+"""arms/adapters/: each against a tiny random build of the library's real class: sampler, loss, freezing, sharing, POCO.
 
     python -m pytest tests/test_adapters.py
 
@@ -79,7 +79,7 @@ def tiny_pi05():
 
 
 def build_pi05():
-    from adapters.pi05 import Pi05
+    from arms.adapters.pi05 import Pi05
     with tiny_pi05() as lib:
         inputs, outputs = features()
         config = lib.PI05Config(chunk_size=H, n_action_steps=H, num_inference_steps=5, image_resolution=(32, 32),
@@ -92,7 +92,7 @@ def build_pi05():
 
 def build_smolvla(folder):
     import lerobot.policies.smolvla.modeling_smolvla as lib
-    from adapters.smolvla import SmolVLA
+    from arms.adapters.smolvla import SmolVLA
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, SmolVLMConfig
     vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,
@@ -218,7 +218,7 @@ def test_weights_that_did_not_load_are_refused_by_name(built, tmp_path):
     from logbook import UserError
     from safetensors.torch import save_file
 
-    from adapters import verify_weights
+    from arms.adapters import verify_weights
     policy, _ = built
     state = {name: value.clone() for name, value in policy.model.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
@@ -236,7 +236,7 @@ def test_weights_that_did_not_load_are_refused_by_name(built, tmp_path):
 @pytest.fixture(scope="module")
 def groot(lerobot):
     pytest.importorskip("diffusers", reason="adapters: GR00T needs diffusers")
-    from adapters.groot import Groot
+    from arms.adapters.groot import Groot
     from lerobot.policies.groot.groot_n1_7 import GR00TN17ActionHead, GR00TN17Config
     dit = dict(positional_embeddings=None, num_layers=4, num_attention_heads=2, attention_head_dim=8,
                norm_type="ada_norm", dropout=0.2, final_dropout=True, output_dim=16, interleave_self_attention=True)
@@ -292,7 +292,7 @@ def test_poco_trains_groots_whole_head_without_dropout(groot):
 
 def test_a_saved_policy_loads_with_another_horizon_and_an_unloadable_one_is_refused(lerobot, tmp_path):
     """The library prints its loading errors and returns random weights: here that is an error."""
-    from adapters.pi05 import Pi05
+    from arms.adapters.pi05 import Pi05
     from logbook import UserError
     from safetensors.torch import load_file, save_file
     policy, _ = build_pi05()

@@ -29,7 +29,7 @@ from test_robot_runs import rows_of
 
 pytest.importorskip("transformers", reason="vision-language tasks need transformers")
 import vla_head  # noqa: E402
-from adapters.backbone import tiny_backbone  # noqa: E402
+from arms.adapters.backbone import tiny_backbone  # noqa: E402
 from arms import language  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -340,6 +340,6 @@ def test_a_slow_backbone_is_told_before_the_arm_moves(monkeypatch, capfd):
 def test_other_tasks_import_no_vision_language_model():
     code = ("import sys, robot; from arms.settings import parse; from arms.learner import networks; "
             "from arms.episodes import layout; networks(parse(['train'], ''), layout('insert-usb', {'joints': 6})); "
-            "assert not {'transformers', 'vla_head', 'adapters'} & set(sys.modules)")
+            "assert not {'transformers', 'vla_head', 'arms.adapters'} & set(sys.modules)")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -18,12 +18,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 METHOD = ("poco", "flow_policy", "chunk_critic", "replay")
 # Imports point downwards, or sideways above the ground floor; the ground floor imports no project file at all.
-FLOORS = ({*METHOD, "logbook", "envs"}, {"adapters", "arms", "demos", "distributed", "vla_head", "robot"},
+FLOORS = ({*METHOD, "logbook", "envs"}, {"arms", "demos", "distributed", "vla_head", "robot"},
           {"train_offline", "train_online", "baselines", "benchmarks"})
 PROJECT = set.union(*FLOORS)
 SIMULATORS = {"robosuite", "robomimic", "mujoco", "ogbench", "dm_control"}
 LAYOUT = """poco.py flow_policy.py chunk_critic.py replay.py envs.py robot.py vla_head.py train_offline.py
-train_online.py tests demos logbook baselines adapters arms distributed benchmarks README.md requirements.txt
+train_online.py tests demos logbook baselines arms distributed benchmarks README.md requirements.txt
 Makefile LICENSE .ci/run""".split()
 PENDING = set()                              # skipped until they exist
 

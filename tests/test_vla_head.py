@@ -20,7 +20,7 @@ from replay import Batch
 
 transformers = pytest.importorskip("transformers", reason="vla_head.py needs transformers")
 import vla_head  # noqa: E402
-from adapters.backbone import Backbone, tiny_backbone  # noqa: E402
+from arms.adapters.backbone import Backbone, tiny_backbone  # noqa: E402
 from demos.views import Seeing  # noqa: E402
 from vla_head import Learner, VLAFlowHead  # noqa: E402
 

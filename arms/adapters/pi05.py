@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adapters import Adapter, Prefix, action_limit, cache_of, parts_of
+from arms.adapters import Adapter, Prefix, action_limit, cache_of, parts_of
 
 
 class Pi05(Adapter):

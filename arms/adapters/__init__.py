@@ -1,7 +1,7 @@
 """
 Flow action heads of released VLAs behind flow_policy.FlowPolicy's methods: POCO's update runs on them unchanged.
 
-    from adapters.pi05 import Pi05                     # likewise adapters.smolvla.SmolVLA, adapters.groot.Groot
+    from arms.adapters.pi05 import Pi05                # likewise .smolvla.SmolVLA, .groot.Groot
     policy = Pi05.load("pi05_base", action_dim=7)      # LeRobot's folder: config.json, model.safetensors, processors
     context = policy.encode(policy.batch(observation)) # the frozen backbone, once per state
     candidates, weights, stats = poco.e_step(policy, q_fn, context, 16, 0.001)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adapters import Adapter, Prefix
+from arms.adapters import Adapter, Prefix
 
 
 class Groot(Adapter):
