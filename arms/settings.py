@@ -130,6 +130,7 @@ def parse(argv, description):
         small = VLA_CPU if preset == "cpu" and TASKS[task] is VLA else {}
         default = Args(task=task, preset=preset, **TASKS[task] | PRESETS[preset] | small)
     args = tyro.cli(Args, args=argv, default=default, description=description)
+    args.preset = default.preset if args.preset == "auto" else args.preset     # what auto came to
     check_numbers(args, LEAST)
     if args.role == "train" and args.learner is None:        # it learns here
         usable_device(args.device, mps=False)

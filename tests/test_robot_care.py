@@ -354,9 +354,13 @@ def test_seeds_of_recording_training_and_evaluation_never_meet():
     assert len(set(seeds)) == len(seeds) and tested.seed_of(1) == tested.seed_of(0) + 1
 
 
-def test_as_many_demonstrations_as_in_the_paper():
+def test_as_many_demonstrations_as_in_the_paper(monkeypatch):
     counts = [parse(["record", "--preset", "paper", "--task", task], "").episodes for task in TASKS]
     assert counts == [40, 30, 50, 40, 50, 50] and parse(["record", *TOY], "").episodes == 30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert parse(["record", "--preset", "auto"], "").episodes == 30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parse(["record", "--preset", "auto"], "").episodes == 50
 
 
 def test_a_closed_terminal_is_a_lost_keypad_and_the_arm_is_left_in_order(tmp_path):
