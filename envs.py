@@ -5,7 +5,7 @@ The task table, one gymnasium environment per task, open-loop chunk execution, a
     env = envs.make_env("lift", seed=0)
     result = envs.evaluate(policy, "lift", episodes=50, seed=1000)      # policy(obs (1, D), rng) -> chunk (H, A)
 
-Wall time on one core: the first environment 4 s (simulator import), robosuite 290 to 500, OGBench 790 to 1,060 steps/s.
+One core: the first environment takes 4 s (simulator import), then 290 to 1,060 steps/s (benchmarks/speed-cpu.json).
 Shapes: D observation, A action, H chunk, T steps of an episode, E evaluation episodes, C conditions of a goal.
 Not here: policies, replay, demonstrations, training seeds. Nothing is ever padded or auto-reset. What robosuite draws
 while it builds a model, as the size of Lift's cube, is that of one fixed model, so that an episode is a function of its
@@ -357,7 +357,7 @@ class OGBenchEnv(SimulatorEnv):
         simulator = self.simulator
         with warnings.catch_warnings(action="ignore"):  # about the precision of its own spaces
             simulator.reset(seed=seed)
-        # For a viewer MuJoCo clears a byte per triangle of all meshes at each physics step, 370 kB: a fifth of its time
+        # For a viewer MuJoCo clears a byte per bounding volume at each physics step, 370 kB (see benchmarks/README.md).
         simulator._model.vis.global_.bvactive = 0
         # OGBench visits the goal by a few unseeded random actions first. Their traces in the solver must not stay.
         data = simulator._data

@@ -117,12 +117,13 @@ def run(task, method, seed, flags):
     """One run, unless it is finished. False if the user interrupted it."""
     folder, (name, *own) = folder_of(task, method, seed), method.split()
     module, variant, _ = METHODS[name]
-    if finished(folder) or (folder / "last.pt").exists():
+    done, begun = finished(folder), (folder / "last.pt").exists()
+    if done or begun:
         refuse_other_flags(folder, module, task, flags)
-    if finished(folder):
+    if done:
         print(f"{folder}: finished", flush=True)
         return True
-    if (folder / "last.pt").exists():
+    if begun:
         argv = ["--resume", str(folder)]
     else:                                     # whatever is there was interrupted before it first saved
         argv = ["--task", task, "--seed", str(seed), *variant, *own, *flags, "--run-dir", str(folder), "--overwrite"]

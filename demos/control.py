@@ -1,11 +1,11 @@
 """
-OGBench's control law, operation for operation and to the last bit, without its objects: 100 us less of 1,500 a step.
+OGBench's control law, operation for operation and to the last bit, without its objects (see benchmarks/README.md).
 
     direct(simulator)      # after each reset: replaces simulator.set_control
 
 An action moves the gripper's pinch by (x, y, z), turns it about the vertical and opens or closes it; inverse kinematics
-finds the joints. OGBench makes some twenty rotation objects a step for that; here a rotation is four floats. Used where
-a million steps are made (demos/ogbench.py); training steps the simulator too rarely to need it (envs.py).
+finds the joints. OGBench makes an object of every rotation on the way; here a rotation is four floats. Used where a
+million steps are made (demos/ogbench.py); training steps the simulator too rarely to need it (envs.py).
 """
 import math
 

@@ -56,9 +56,9 @@ class PlayEnv(envs.OGBenchEnv):
         return obs
 
     def _save_time(self):
-        # Play is made by the million steps, and a third of a step is OGBench's Python. Bitwise the same trajectories
-        # come a tenth faster without its rotation objects, a second look at what is solved, and, where nothing is
-        # drawn, the colours that would tell it.
+        # Play is made by the million steps, and much of a step is OGBench's Python. Bitwise the same trajectories come
+        # without its rotation objects, a second look at what is solved, and, where nothing is drawn, the colours that
+        # would tell it.
         simulator = self.simulator
         control.direct(simulator)
         simulator.compute_reward = float
