@@ -9,6 +9,7 @@ copy of each file comes first and must pass. A mutant that breaks the import cou
 """
 import contextlib
 import gc
+import multiprocessing
 import os
 import shutil
 import sys
@@ -168,7 +169,7 @@ def copy(folder, file, old="", new=""):
     """Put one method file, changed, and its tests into `folder`."""
     text = (ROOT / file).read_text()
     if old and text.count(old) != 1:
-        raise SystemExit(f"tests/mutants.py: {file} should contain this once, please update the table: {old!r}")
+        raise ValueError(f"tests/mutants.py: {file} should contain this once, please update the table: {old!r}")
     (folder / "tests").mkdir()
     (folder / file).write_text(text.replace(old, new, 1) if old else text)
     for name in ("conftest.py", f"test_{file}"):
@@ -199,8 +200,15 @@ def failing(folder):
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code > 1:                                                             # 0 all passed, 1 some failed
-        raise SystemExit(f"pytest could not run in {folder}:\n{(folder / 'output').read_text()}")
+        raise RuntimeError(f"pytest could not run in {folder}:\n{(folder / 'output').read_text()}")
     return (folder / "failed").read_text().split()
+
+
+def killers(mutant):
+    """A mutant and the names of the tests that notice it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy(Path(folder), *mutant[1:])
+        return *mutant[:2], failing(Path(folder))
 
 
 def main(files):
@@ -208,14 +216,12 @@ def main(files):
     import hypothesis, numpy, pytest, scipy.optimize, torch  # noqa: E401, F401 - once, before the forks
     torch.testing.assert_close(torch.ones(1), torch.ones(1))                # its own late imports
     gc.freeze()                                                             # children need not walk all of torch
-    survivors = []
-    for name, file, old, new in [("unchanged", file, "", "") for file in files] + [m for m in MUTANTS if m[1] in files]:
-        with tempfile.TemporaryDirectory() as folder:
-            copy(Path(folder), file, old, new)
-            tests = failing(Path(folder))
-        if bool(tests) == (name == "unchanged"):
-            survivors.append(f"{file}: {name}")
-        print(f"{file:16s} {name:42s} {len(tests):3d}  {tests[0] if len(tests) == 1 else ''}", flush=True)
+    mutants, survivors = [("unchanged", file) for file in files] + [one for one in MUTANTS if one[1] in files], []
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for name, file, tests in pool.imap(killers, mutants):
+            if bool(tests) == (name == "unchanged"):
+                survivors.append(f"{file}: {name}")
+            print(f"{file:16s} {name:42s} {len(tests):3d}  {tests[0] if len(tests) == 1 else ''}", flush=True)
     if survivors:
         raise SystemExit("the tests do not notice:\n" + "\n".join(survivors))
 
