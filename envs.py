@@ -135,7 +135,7 @@ PRESETS = {"paper": {}, "cpu": dict(
 def settings(task: str | Task, preset: str, setting: str = "offline-to-online") -> dict[str, Any]:
     """The training scripts' arguments. Setting "online": Table II, demonstrations in the replay, no pre-training."""
     task = get_task(task)
-    ours = dict(warmup_steps=1000, demo_share=0.5) if task.suite == "ogbench" else {}
+    ours = dict(warmup_steps=1000, demo_share=0.5) if task.cpu else {}  # Lift does without
     online = {"pretrain_steps": 0} | (task.online if preset == "paper" else ours)
     changes = {"offline-to-online": {}, "online": online}[setting]
     return {"episode_limit": task.episode_limit} | PRESETS[preset] | getattr(task, preset) | changes

@@ -204,8 +204,8 @@ def test_settings_are_the_papers():
             assert [offline[key] for key in ("pretrain_steps", "temperature", "clip")] == [500_000, 0.001, 0.15]
     assert envs.settings("square", "paper", "online")["clip"] == 0.15 != envs.settings("square", "paper")["clip"]
     ours = {name: envs.settings(name, "cpu", "online") for name in ("lift", "can", "scene")}
-    assert [one.get("demo_share") for one in ours.values()] == [None, None, 0.5]
-    assert [one["warmup_steps"] for one in ours.values()] == [1000, 5000, 1000]
+    assert [one.get("demo_share") for one in ours.values()] == [None, 0.5, 0.5]
+    assert [one["warmup_steps"] for one in ours.values()] == [1000, 1000, 1000]
     with pytest.raises(KeyError):
         envs.settings("scene", "cpu", "offline")
 
