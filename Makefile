@@ -8,7 +8,7 @@ lift: .venv/ready
 	$(RUN) train_online.py --task lift --preset cpu
 
 test: .venv/ready
-	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest
 
 demo: .venv/ready
 	$(RUN) poco.py
