@@ -217,7 +217,7 @@ def main(files):
     torch.testing.assert_close(torch.ones(1), torch.ones(1))                # its own late imports
     gc.freeze()                                                             # children need not walk all of torch
     mutants, survivors = [("unchanged", file) for file in files] + [one for one in MUTANTS if one[1] in files], []
-    with multiprocessing.get_context("fork").Pool() as pool:
+    with multiprocessing.get_context("fork").Pool(min(4, os.cpu_count() or 1)) as pool:
         for name, file, tests in pool.imap(killers, mutants):
             if bool(tests) == (name == "unchanged"):
                 survivors.append(f"{file}: {name}")
