@@ -8,7 +8,9 @@ os.environ.setdefault("MUJOCO_GL", "disable")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
+from _pytest.runner import runtestprotocol  # noqa: E402
 from hypothesis import Phase, settings  # noqa: E402
 
 torch.set_num_threads(1)
@@ -28,6 +30,25 @@ def pytest_itemcollected(item):
 def pytest_configure(config):
     config.addinivalue_line("markers", "sim: steps a simulator")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "realtime: waits for the clock; has five attempts")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    """An arm that hears nothing for 100 ms holds, also where only the machine stalled: not every time, though."""
+    if item.get_closest_marker("realtime") is None:
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    reports = runtestprotocol(item, log=False, nextitem=nextitem)
+    for _ in range(4):
+        if not any(report.failed for report in reports):
+            break
+        item._initrequest()                                                       # new fixtures
+        reports = runtestprotocol(item, log=False, nextitem=nextitem)
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
 
 
 def pytest_terminal_summary(terminalreporter):
