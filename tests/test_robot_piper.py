@@ -185,8 +185,8 @@ def test_record_and_eval_through_the_command_line(fake, tmp_path, monkeypatch, c
     robot.main(["record", *TOY, *wires, "--teleop", "hand:Hand", "--episodes", "2", "--episode-limit", "30", *where])
     files = numbered(tmp_path / "demos")
     with h5py.File(files[0]) as file:
-        rewards = np.concatenate([file[f"data/{piece}/rewards"] for piece in file["data"]])    # where the machine stalls,
-        assert len(files) == 2 and 3 < len(rewards) <= 12                                       # a piece ends
+        rewards = np.concatenate([file[f"data/{piece}/rewards"] for piece in file["data"]])
+        assert len(files) == 2 and 3 < len(rewards) <= 12              # less where the machine stalled: a piece ends
         assert rewards[-1] == 1 and not rewards[:-1].any()
         assert file["data/demo_0/intervention"][:].all() and sorted(file["data/demo_0/obs"]) == sorted(SIZES)
     args = parse(["train", *TOY, *wires, *where], "")
