@@ -20,6 +20,8 @@ settings.register_profile("mutants", deadline=None, derandomize=True, max_exampl
                           phases=(Phase.explicit, Phase.generate))              # a failure need not be shrunk
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
+REPEATED = []                                                                     # attempts that failed in real time
+
 
 def pytest_itemcollected(item):
     """`pytest -k eq17` selects the tests whose docstring cites Eq. 17."""
@@ -35,7 +37,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item, nextitem):
-    """An arm that hears nothing for 100 ms holds, also where only the machine stalled: not every time, though."""
+    """An arm that hears nothing for 100 ms must hold, also where the machine stalled: then the test runs again."""
     if item.get_closest_marker("realtime") is None:
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -43,6 +45,7 @@ def pytest_runtest_protocol(item, nextitem):
     for _ in range(4):
         if not any(report.failed for report in reports):
             break
+        REPEATED.append(item.name)
         item._initrequest()                                                       # new fixtures
         reports = runtestprotocol(item, log=False, nextitem=nextitem)
     for report in reports:
@@ -52,7 +55,9 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Which VLA adapters were really run, and whether Ray was, because a skip is easily overlooked."""
+    """Which VLA adapters were really run, whether Ray was, and what ran again: all of it is easily overlooked."""
+    if REPEATED:
+        terminalreporter.write_line(f"failed in real time and ran again: {', '.join(REPEATED)}")
     if any("test_distributed_ray" in one.nodeid for one in terminalreporter.stats.get("skipped", [])):
         terminalreporter.write_line("Ray is not installed, so distributed/ was tested without: pip install ray==2.60.0")
     reports = {kind: [one.nodeid for one in terminalreporter.stats.get(kind, []) if "test_adapters" in one.nodeid]
