@@ -8,15 +8,16 @@ The task table, one gymnasium environment per task, open-loop chunk execution, a
 One core: the first environment takes 4 s (simulator import), then 290 to 1,060 steps/s (benchmarks/speed-cpu.json).
 Shapes: D observation, A action, H chunk, T steps of an episode, E evaluation episodes, C conditions of a goal.
 Not here: policies, replay, demonstrations, training seeds. Nothing is ever padded or auto-reset. What robosuite draws
-while it builds a model, as the size of Lift's cube, is that of one fixed model, so that an episode is a function of its
-seed alone; positions, angles and the arm's first pose vary with the seed.
+while it builds a model (the size of Lift's cube) is fixed; positions, angles and the arm's first pose are the seed's.
 """
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes.util
 import importlib
 import logging
+import multiprocessing.connection
 import os
 import pickle
 import signal
@@ -63,9 +64,8 @@ class Task:
         return sum(map(len, self.goal)) if self.goal else 1  # C
 
     def reward(self, met) -> np.ndarray:
-        """
-        The one reward function: rollouts, demonstrations and files are all labelled by it, each step by the conditions
-        that hold after it. met (..., C) bool, where C = 1 also a plain success -> reward (...).
+        """The one reward function, of rollouts, demonstrations and files: a step is paid by what holds after it.
+        met (..., C) bool, where C = 1 also a plain success -> reward (...).
         """
         met = np.atleast_1d(met)
         if met.shape[-1] != self.conditions:
@@ -73,8 +73,7 @@ class Task:
         return met.sum(-1) - float(self.conditions) if self.counts else met.all(-1) * 1.0
 
     def met(self, qpos, buttons=None) -> np.ndarray:
-        """
-        Which conditions of an OGBench goal hold, by OGBench's rule: within 4 cm, or the same button state.
+        """Which conditions of an OGBench goal hold, by OGBench's rule: within 4 cm, or the same button state.
         qpos (..., joints): 14 of the arm, 7 per cube, 1 per button, the slides; buttons (..., n) -> (..., C) bool
         """
         goal, slides = self.goal, qpos[..., qpos.shape[-1] - len(self.goal.slides) :]
@@ -213,8 +212,7 @@ def _import(module: str, render: bool):
     try:
         simulator = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = f"{module.split('.')[0]} tasks need the simulator ({error}): make .venv/ready"
-        raise ModuleNotFoundError(missing) from error
+        raise ModuleNotFoundError(f"the simulator is missing ({error}): make .venv/ready") from error
     finally:
         logging.disable(previous)
         os.environ["MUJOCO_GL"] = chosen  # robosuite overwrites it with egl, which worker processes would inherit
@@ -250,7 +248,10 @@ class RobosuiteEnv(SimulatorEnv):
             hard_reset=False,  # a hard reset rebuilds the model: 0.15 s instead of 1 ms
             seed=0,  # of the model only (see the header); reset() seeds the episodes
         )
-        self.simulator = robosuite.make(self.task.env_name, **kwargs)
+        try:
+            self.simulator = robosuite.make(self.task.env_name, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"robosuite {version} does not take these env_args: {error}") from error
         self.env_args = {"env_name": name, "type": 1, "env_version": version, "env_kwargs": kwargs}
         self._read_sensors_once_per_step()
 
@@ -493,7 +494,8 @@ def run_episode(policy, env: gymnasium.Env, seed: int, on_step: Callable | None 
 
 
 def _worker(connection, env_options: dict) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes the pipe, which ends this loop
+    for one in (signal.SIGINT, signal.SIGTERM):  # the parent's to answer; it closes the pipe, which ends this loop
+        signal.signal(one, signal.SIG_IGN)
     env = None
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
@@ -528,19 +530,16 @@ class Evaluator(contextlib.AbstractContextManager):
         return EvalResult(*(np.array(column) for column in zip(*sorted(rows))))
 
     def _start(self) -> None:
-        from multiprocessing import get_context
-
-        context = get_context("spawn")  # fork would copy torch's locked thread pools
+        context = multiprocessing.get_context("spawn")  # fork would copy torch's locked thread pools
         for _ in range(self.workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_worker, args=(theirs, self._options), daemon=True)
             process.start()
+            atexit.register(process.kill)  # multiprocessing would send SIGTERM
             theirs.close()  # so that a worker's death shows as the end of the pipe
             self._pool.append((process, ours))
 
     def _run_pool(self, policy, seeds: list[int]) -> list:
-        from multiprocessing.connection import wait
-
         payload = pickle.dumps(policy)
         try:
             if not self._pool:
@@ -549,7 +548,7 @@ class Evaluator(contextlib.AbstractContextManager):
             for connection in busy:
                 connection.send((payload, waiting.pop(0)))
             while busy:
-                for connection in wait(busy):
+                for connection in multiprocessing.connection.wait(busy):
                     answer = connection.recv()
                     if isinstance(answer, str):
                         raise RuntimeError(f"an evaluation worker failed: {answer}")
@@ -569,7 +568,7 @@ class Evaluator(contextlib.AbstractContextManager):
     def close(self) -> None:
         for process, connection in self._pool:
             connection.close()
-            process.terminate()
+            process.kill()
             process.join()
         self._pool = []
         if self._env is not None:

@@ -62,6 +62,7 @@ class Args:
 
 COLUMNS = ["bc", "updates_per_s", "time/update"]
 SETTINGS = ("offline-to-online", "online")        # Tables III and II
+KEPT = ("preset", "setting", "seed", "demo_episodes", "normalize", "reward_offset", "checkpoint")    # by a resumed run
 
 
 # ---- command line: the task table fills the defaults, the user's flags win -------------------------------------------
@@ -88,7 +89,12 @@ def parse(cls, argv=None):
         setting = known.setting if known.setting in SETTINGS else SETTINGS[0]
         defaults = preset_defaults(cls, task, resolve_preset(preset)[0], setting)
         defaults.preset = preset
-    return tyro.cli(cls, args=argv, default=defaults, description=sys.modules[cls.__module__].__doc__)
+    args = tyro.cli(cls, args=argv, default=defaults, description=sys.modules[cls.__module__].__doc__)
+    for name in KEPT if known.resume else ():
+        if getattr(args, name, None) not in (getattr(defaults, name, None), "auto"):
+            raise UserError(f"{known.resume} was begun with {name} {getattr(defaults, name)}: it cannot go on with "
+                            f"{getattr(args, name)}")
+    return args
 
 
 def preset_defaults(cls, task, preset, setting=SETTINGS[0]):
@@ -221,6 +227,14 @@ def make_policy(args, device, data=None):
     return policy.to(device)
 
 
+def run_evaluation(evaluator, acting, episodes, where="evaluation", left="No result was written"):
+    """EvalResult of the first `episodes` evaluation seeds."""
+    try:
+        return evaluator.run(acting.to("cpu"), episodes, EVAL_SEED)
+    except (ValueError, RuntimeError, ImportError) as error:     # a non-finite action, a dead worker, another simulator
+        raise UserError(f"{where}: {error}. {left}") from error
+
+
 def record_result(book, step, acting, result):
     rows = zip(result.seed, result.success, result.length, result.episode_return)
     book.evaluation(step, acting, [dict(zip(("seed", "success", "length", "return"), row)) for row in rows])
@@ -230,7 +244,7 @@ def video(args, acting, folder):
     """Four evaluation episodes as folder/policy.mp4."""
     try:
         envs.record(acting.to("cpu"), args.task, folder / "policy.mp4", 4, EVAL_SEED, **environment(args))
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, OSError) as error:
         raise UserError(f"no video, everything else in {folder} is complete: {error}") from error
     print(f"{folder}/policy.mp4")
 
@@ -248,21 +262,24 @@ def pretrain(args, data, device, book, state=None):
     policy = make_policy(args, device, data)
     optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.learning_rate, fused=device.type != "mps")
     generator = torch.Generator(device).manual_seed(args.seed)
-    start, clock, total, summed = 0, Clock(), torch.zeros((), device=device), 0
+    start, clock, total, summed = 0, Clock(), torch.zeros((), device=device), 0       # the loss since the last row
     if state is not None:
         with fitting(book.folder):
             policy.load_state_dict(state["policy"])
             optimizer.load_state_dict(state["optimizer"])
             generator.set_state(state["generator"])
             torch.set_rng_state(state["torch_rng"])
-            start = state["step"]
+            start, total, summed = state["step"], state["loss"].to(device), state["summed"]
 
     def save(step):
         refuse_nonfinite(policy.state_dict(), "policy", f"before step {step}; {book.last_good()}. Check the "
                          "demonstrations, or lower --learning-rate")
         book.save("last.pt", {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
-                              "generator": generator.get_state(), "torch_rng": torch.get_rng_state()})
+                              "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
+                              "loss": total, "summed": summed})
 
+    if args.pretrain_steps == 0:
+        save(0)
     every = max(args.pretrain_steps // 20, 1)
     with Interrupt() as interrupt, Progress("stage I", args.pretrain_steps, every, start, start, "steps") as bar:
         for step in range(start + 1, args.pretrain_steps + 1):
@@ -273,19 +290,20 @@ def pretrain(args, data, device, book, state=None):
                 loss.backward()
                 optimizer.step()
                 total, summed = total + loss.detach(), summed + 1
-            report = step % every == 0 or step == args.pretrain_steps
+            report, stop = step % every == 0 or step == args.pretrain_steps, interrupt.stop
             if report:
                 seconds = clock.split()["update"]
                 mean = total.item() / summed
                 if not np.isfinite(mean):
                     raise UserError(f"the loss became {mean} before step {step}; {book.last_good()}. Check the "
                                     "demonstrations, or lower --learning-rate")
-                book.log(step, bc=mean, updates_per_s=summed / seconds, **{"time/update": seconds})
+                rate = min(summed, step - start) / seconds
+                book.log(step, bc=mean, updates_per_s=rate, **{"time/update": seconds})
                 total, summed = torch.zeros_like(total), 0
-            if report or interrupt.stop:
+            if report or stop:
                 save(step)
             bar.update(step, step)
-            if interrupt.stop:
+            if stop:
                 print(f"stage I saved at step {step} in {book.folder}")
                 return None
     return policy
@@ -313,7 +331,10 @@ def stage_one(args, device, data=None):
                 if within_stage_two else
                 "choose another folder with --run-dir DIR or replace it with --overwrite"))
         state = book.load("last.pt")
-        book.rewind(state["step"])
+        with fitting(folder):
+            book.rewind(state["step"])
+        if state["step"] > args.pretrain_steps:
+            raise UserError(f"{folder} has {state['step']} steps already: --pretrain-steps must be at least that")
         if state["step"] < args.pretrain_steps:
             book.amend(stored)
         print(f"{folder}: stage I at step {state['step']} of {args.pretrain_steps}", flush=True)
@@ -344,7 +365,7 @@ def load_policy(args, device, data):
 
 def evaluate(args, policy):
     with envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator:
-        result = evaluator.run(Acting(policy).to("cpu"), args.eval_episodes, EVAL_SEED)
+        result = run_evaluation(evaluator, Acting(policy), args.eval_episodes)
     print(f"behaviour cloning: success {result}")
     return result
 

@@ -27,7 +27,7 @@ from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, cli
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
 from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstrations, environment, load_policy,
-                           make_policy, parse, record_result, setup, video)
+                           make_policy, parse, record_result, run_evaluation, setup, video)
 
 
 @dataclass
@@ -283,9 +283,10 @@ def train(args, agent, data, clock, book, state=None, world_class=Interaction):
             if rate > report.best and not warmup:
                 report.best = rate
                 save(book, "best.pt", agent, world, report)
-            if step % args.save_every == 0 or last or interrupt.stop:
+            stop = interrupt.stop                             # read once: a signal may come in between
+            if step % args.save_every == 0 or last or stop:
                 save(book, "last.pt", agent, world, report)
-            if interrupt.stop and not last:
+            if stop and not last:
                 bar.write(f"saved at step {step}; continue with --resume {book.folder}")
                 return False
         bar.write(report.time_split())
@@ -304,10 +305,8 @@ def evaluate(agent, evaluator, episodes, step, book, bar):
     rates = {}
     modes = agent.modes if step > 0 else ("policy",)
     for mode in modes:
-        try:
-            result = evaluator.run(copy.deepcopy(agent.acting(mode)).to("cpu"), episodes, EVAL_SEED)
-        except (ValueError, RuntimeError) as error:           # a non-finite action; a worker died
-            raise UserError(f"evaluation at step {step}: {error}. {book.last_good()}") from error
+        result = run_evaluation(evaluator, copy.deepcopy(agent.acting(mode)), episodes, f"evaluation at step {step}",
+                                book.last_good())
         record_result(book, step, mode, result)
         bar.write(f"step {step}, acting from the {mode}: success {result}")
         rates[mode] = result.success_rate
@@ -328,7 +327,8 @@ def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy, world_c
     if args.resume:
         book = Logbook.resume(folder, columns, task=args.task, method=name)
         state = book.load("last.pt")
-        book.rewind(state["world"]["steps"])
+        with fitting(folder):
+            book.rewind(state["world"]["steps"])
         policy = make_policy(args, device)
     else:
         state = None
@@ -352,7 +352,7 @@ def evaluate_checkpoint(args, agent, folder):
         agent.load_state_dict(load_checkpoint(folder)["agent"])
     with envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator:
         for mode in agent.modes:
-            result = evaluator.run(agent.acting(mode).to("cpu"), args.final_episodes, EVAL_SEED)
+            result = run_evaluation(evaluator, agent.acting(mode), args.final_episodes)
             print(f"acting from the {mode}: success {result}")
     if args.video:
         video(args, agent.acting(agent.modes[0]), folder)

@@ -135,7 +135,7 @@ class DSRL:
 
     def observe(self, move):
         if self.memory is not None:
-            self.memory.add(move, self.steered.noise)
+            self.memory.add(move, self.steered.noise.cpu())
 
     def draw(self, replay, batch_size, generator):
         return (self.memory or replay).sample(batch_size, generator)

@@ -265,12 +265,16 @@ class Rollouts:
             "batch_rng": self.batch_rng.get_state()}
 
     def load_state_dict(self, state):
+        if len(state["runners"]) != self.args.num_envs:
+            raise UserError(f"a run goes on as it began: with --num-envs {len(state['runners'])}")
         for name in self.counters:
             setattr(self, name, state[name])
         for name, value in state["data"].items():
             self.data[name][:len(value)] = value
         for runner, saved in zip(self.runners, state["runners"]):
             runner.load_state_dict(saved)
+        if any(runner.ended for runner in self.runners):
+            raise UserError(f"--episode-limit {self.args.episode_limit} has passed in an episode being played")
         self.episode_rng.bit_generator.state = state["episode_rng"]
         self.noise_rng.set_state(state["noise_rng"])
         self.batch_rng.set_state(state["batch_rng"])

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import train_online
 from chunk_critic import critic_loss, ema_update, td_target
-from logbook import cli
+from logbook import UserError, cli
 from replay import ChunkReplay
 from train_offline import make_policy
 from train_online import LoopArgs, adam, make_critic, minimise
@@ -101,6 +101,11 @@ class RLPD:
     stats = ("q_actor", "entropy", "alpha", "critic", "q_data", "target")
     modes, collects = ("policy",), "policy"
     draw = staticmethod(ChunkReplay.sample)       # half and half: RLPD, Sec. 4.1
+
+    @staticmethod
+    def check(args):
+        if args.checkpoint:
+            raise UserError(f"{args.variant} begins with an untrained policy: leave out --checkpoint")
 
     def __init__(self, args, policy, clock):
         self.name, self.args, self.clock, self.device = args.variant, args, clock, policy.obs_mean.device

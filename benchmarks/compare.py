@@ -7,7 +7,7 @@
 
 Runs go to runs/<task>-<method>-s<seed>/ and start from runs/<task>-bc-s<seed>, trained if missing. A finished run is
 skipped and an interrupted one continued, so the same command picks up where it stopped, adds seeds and adds methods
-(other flags than a run was made with are refused); with --finished it shows what is there so far.
+(a run that is there and was made with other flags is refused); with --finished it shows what is there so far.
 An ablation is POCO with several values of one argument; 'poco' among them is the one with the preset's own value.
 Writes --out (default runs/compare-<task>, runs/<ablation>-<task>).csv, .md (the table), .png (environment steps on x)
 and -time.png (seconds).
@@ -25,7 +25,7 @@ import numpy as np
 import train_online
 from logbook import UserError, cli, read_args
 from logbook.figure import PALETTE, read_run
-from train_offline import parse as parse_run
+from train_offline import parse as parse_run, resolve_preset
 
 # method: (module, its flags, the way of acting that it delivers)
 METHODS = {
@@ -56,6 +56,7 @@ SHARED = ("preset", "setting", "data", "demo_episodes", "hidden", "layers", "flo
           "final_episodes")
 POCO = ("act", "num_candidates", "temperature", "guidance", "clip", "heads", "tau", "policy_tau",
         "pessimism")                          # in an ablation
+FREE = ("threads", "workers", "device", "precision", "video", "overwrite")        # change no result, or hardly
 COLUMNS = ("method", "acting", "seed", "step", "successes", "episodes", "seconds")
 
 
@@ -75,6 +76,9 @@ def parse(argv=None):
     args, flags = parser.parse_known_args(argv)
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {args.seeds}")
+    for name in {"seed", "run_dir", "resume", "eval"}.intersection(names_of(flags)):
+        raise UserError(f"each run has its own --{name.replace('_', '-')}: leave it out (--seeds and --first-seed choose "
+                        "the seeds)")
     args.title = args.task
     if args.ablation:
         if args.methods:
@@ -93,10 +97,15 @@ def ablation(name, task, flags):
     """POCO with each value, in order, and the preset's own value, which needs no flag and so no run of its own."""
     field, values = ABLATIONS[name]
     flag = f"--{field.replace('_', '-')}"
-    if any(one.split("=")[0].replace("_", "-") == flag for one in flags):
+    if field in names_of(flags):
         raise UserError(f"--ablation {name} sets {flag} itself: leave it out")
     own = getattr(parse_run(train_online.Args, ["--task", task, *flags]), field)
     return ["poco" if value == own else f"poco {flag} {value:g}" for value in sorted({*values, own})], own
+
+
+def names_of(flags):
+    """The arguments that flags set, in order: --no-normalize --heads=5 -> normalize, heads."""
+    return sorted(flag[2:].split("=")[0].replace("-", "_").removeprefix("no_") for flag in flags if flag[:2] == "--")
 
 
 def folder_of(task, method, seed):
@@ -119,7 +128,7 @@ def run(task, method, seed, flags):
     module, variant, _ = METHODS[name]
     done, begun = finished(folder), (folder / "last.pt").exists()
     if done or begun:
-        refuse_other_flags(folder, module, task, flags)
+        refuse_other_flags(folder, module, task, [*variant, *own, *flags])
     if done:
         print(f"{folder}: finished", flush=True)
         return True
@@ -135,15 +144,17 @@ def run(task, method, seed, flags):
 def refuse_other_flags(folder, module, task, flags):
     """A run that is there keeps the flags it was made with: it must not pass for one made with these."""
     stored, asked = read_args(folder), vars(parse_run(importlib.import_module(module).Args, ["--task", task, *flags]))
-    for name in (flag.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_") for flag in flags):
-        if name in stored and name in asked and stored[name] != asked[name] and name in SHARED + POCO:
+    asked["preset"] = resolve_preset(asked["preset"])[0]
+    for name in [one for one in names_of(flags) if one in stored and one in asked and one not in FREE]:
+        same = stored[name] == asked[name] or name == "data" and Path(stored[name]) == Path(asked[name]).expanduser()
+        if not same:
             raise UserError(f"{folder} was made with {name} {stored[name]}, not {asked[name]}: move it away, or leave "
                             f"--{name.replace('_', '-')} out")
 
 
 def refuse_unlike(folders, methods, names=SHARED):
     """Comparing runs of different settings is the mistake this file exists to prevent."""
-    own = {flag.lstrip("-").replace("-", "_") for method in methods for flag in method.split()[1:]}
+    own = {name for method in methods for name in names_of(method.split())}
     for name in sorted(set(names) - own):
         found = {_setting(folder, name): folder for folder in folders}
         if len(found) > 1:

@@ -123,8 +123,8 @@ def _task_of(path, data, task) -> Task:
         arguments = json.loads(data.attrs["env_args"])
     except ValueError as error:
         raise ValueError(f"{path}: attribute 'env_args' is not JSON ({error})") from error
-    if arguments.get("env_kwargs", {}).get("reward_shaping"):
-        raise ValueError(f"{path}: 'rewards' are shaped, so success cannot be read from them; use the sparse file")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{path}: attribute 'env_args' is not a JSON object; this is not a robomimic file")
     try:
         task = get_task(task if task is not None else _task_named(data, arguments.get("env_name")))
     except ValueError as error:
@@ -132,6 +132,10 @@ def _task_of(path, data, task) -> Task:
     if arguments.get("env_name") != task.env_name:
         found = arguments.get("env_name")
         raise ValueError(f"{path}: 'env_args' is for {found}, task '{task.name}' needs {task.env_name}")
+    if not isinstance(arguments.get("env_kwargs"), dict):
+        raise ValueError(f"{path}: 'env_args' has no 'env_kwargs'; this is not a robomimic file")
+    if arguments["env_kwargs"].get("reward_shaping"):
+        raise ValueError(f"{path}: 'rewards' are shaped, so success cannot be read from them; use the sparse file")
     return task
 
 

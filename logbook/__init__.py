@@ -2,6 +2,7 @@
 
     from logbook import Logbook, UserError, cli, curve, load_checkpoint, save_checkpoint       # this file, and others
     from logbook import Clock, Interrupt, Progress                                             # console.py
+    from logbook import check_numbers, usable_device                                           # errors.py
     from logbook import Report                                                                 # report.py
 
     book = Logbook.create("runs/lift-poco-s0", args, columns=["success", "time/env"])
@@ -18,13 +19,12 @@ Imports no project file. Not here: seeds and generators (each script owns its ow
 """
 import contextlib
 import csv
+import fcntl
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -32,68 +32,12 @@ import numpy as np
 import torch
 
 from .console import Clock, Interrupt, Progress       # noqa: F401, offered here so that one import is enough
+from .errors import UserError, check_numbers, cli, reason, usable_device                       # noqa: F401
 from .report import Report                            # noqa: F401
 
 VERSION = 1                                           # of a checkpoint: raise it when old ones are no use
 EVAL_COLUMNS = ["step", "acting", "seed", "success", "length", "return"]
 RUN_FILES = ["args.json", "progress.csv", "eval.csv", "last.pt", "best.pt", "curve.png"]
-
-
-class UserError(Exception):
-    """A mistake the user can repair: the message says what is wrong and what to do; no traceback is shown."""
-
-
-def check_numbers(args, least, free=("reward_offset",)):
-    """Refuse what could only fail later. Numbers of the dataclass `args` are finite and greater than 0, but for those
-    in `least`, {name: minimum, and infinity is allowed}, and `free`, which only have to be finite.
-    """
-    for name, value in vars(args).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        option = f"--{name.replace('_', '-')}"
-        if name == "demo_share" and not 0 <= value <= 1:
-            raise UserError(f"{option} is between 0 and 1, got {value}")
-        if name in least and not value >= least[name]:
-            raise UserError(f"{option} must be at least {least[name]:g}, got {value}")
-        if name in free and not math.isfinite(value):
-            raise UserError(f"{option} must be a finite number, got {value}")
-        if name not in ("demo_share", *least, *free) and not 0 < value < math.inf:
-            raise UserError(f"{option} must be a number greater than 0, got {value}")
-        if name in ("discount", "tau", "policy_tau", "chi2_tau", "gae_lambda", "denoising_discount") and value > 1:
-            raise UserError(f"{option} is at most 1, got {value}")
-
-
-def usable_device(name, mps=True):
-    """The torch device of this name, auto for the best one (mps: Apple's too); UserError where it cannot be used."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if mps and torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(best if name == "auto" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); --device auto takes "
-                        f"{best}") from error
-    return device
-
-
-def cli(main):
-    """Run a script's main(); a UserError becomes one line on stderr and exit code 2."""
-    try:
-        return main()
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:                         # the second Ctrl-C: the user knows
-        raise SystemExit(130) from None
-
-
-def _reason(error):
-    """The operating system's own words, also when torch wrapped them in an error of its own."""
-    cause = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(error).split("\n")[0] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -148,7 +92,7 @@ def save_checkpoint(path, state):
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
         kept = "the previous checkpoint is intact" if path.exists() else "no checkpoint was written"
-        raise UserError(f"cannot save {path}: {_reason(error)}; {kept}") from error
+        raise UserError(f"cannot save {path}: {reason(error)}; {kept}") from error
 
 
 def refuse_nonfinite(state, where, advice):
@@ -169,7 +113,7 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {_reason(error)}") from error
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:                        # foreign bytes make the reader fail in any way at all
@@ -229,6 +173,7 @@ class Logbook:
         try:
             cls.refuse_existing(folder, overwrite)
             folder.mkdir(parents=True, exist_ok=True)
+            book._claim()
             book._write_args({"args": args, "versions": _versions()})        # first: if this fails, nothing was removed
             is_begun = True
             for path in [*(folder / name for name in RUN_FILES[1:]), *folder.glob("events.out.tfevents.*")]:
@@ -239,11 +184,23 @@ class Logbook:
             with contextlib.suppress(OSError):
                 for name in RUN_FILES if is_begun else []:
                     (folder / name).unlink(missing_ok=True)
+                (folder / ".lock").unlink(missing_ok=True)
                 if is_new:
                     folder.rmdir()
-            raise UserError(f"cannot write to the run folder {folder}: {_reason(error)}; "
+            raise UserError(f"cannot write to the run folder {folder}: {reason(error)}; "
                             "choose another with --run-dir DIR") from error
         return book
+
+    def _claim(self):
+        """The folder is this process's until it ends: two that write to one folder would mix their rows."""
+        self._lock = open(self.folder / ".lock", "w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another process is writing to {self.folder}: wait until it has finished, or choose "
+                            "another folder with --run-dir DIR") from None
+        except OSError:
+            pass                                      # a file system without locks
 
     @staticmethod
     def refuse_existing(folder, overwrite):
@@ -261,6 +218,8 @@ class Logbook:
         if not (folder / "last.pt").is_file():
             raise UserError(f"{folder} has no checkpoint last.pt: start the run again without --resume")
         book = cls(folder, read_args(folder, task=task, method=method), columns)
+        with _writing(folder):
+            book._claim()
         header = next(iter(_read_csv(folder / "progress.csv")), book.columns)
         if header != book.columns:
             changed = ", ".join(sorted(set(header) ^ set(book.columns))) or "their order"
@@ -368,14 +327,17 @@ def _writing(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {_reason(error)}") from error
+        raise UserError(f"cannot write {path}: {reason(error)}") from error
 
 
 def _read_csv(path):
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return list(csv.reader(file))
+    try:
+        with open(path, newline="") as file:
+            return list(csv.reader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}): put it right, or start a new run") from error
 
 
 def read_args(folder, **asked):
@@ -384,6 +346,8 @@ def read_args(folder, **asked):
         args = json.loads((Path(folder) / "args.json").read_text())["args"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a run folder: its args.json is missing or damaged") from error
+    if not isinstance(args, dict):
+        raise UserError(f"{folder} is not a run folder: its args.json is damaged")
     for name, value in asked.items():
         if value is not None and args.get(name) != value:
             raise UserError(f"{folder} is a run of {name} {args.get(name)}, not of {name} {value}")

@@ -100,11 +100,13 @@ def _draw_run(axes, folder):
 
 def _draw_runs(axes, folders):
     """Runs whose folder names differ only in the seed (-s0, -s1, ...) become one line with a band."""
-    groups = {}
-    for folder in folders:
+    groups, args = {}, [read_args(folder) for folder in folders]
+    tasks, methods = (sorted({str(one.get(name)) for one in args}) for name in ("task", "method"))
+    for folder, task in zip(folders, (one.get("task") for one in args)):
         for acting, steps in read_run(folder)[1].items():
             points = [(step, 100 * steps[step][0] / steps[step][1]) for step in sorted(steps)]
-            groups.setdefault((re.sub(r"-s\d+$", "", folder.resolve().name), acting), []).append(points)
+            name = re.sub(r"-s\d+$", "", folder.resolve().name)
+            groups.setdefault((name if len(tasks) == 1 else f"{task}, {name}", acting), []).append(points)
     colors = dict(zip(sorted({name for name, _ in groups}), PALETTE * len(groups)))
     for (name, acting), seeds in sorted(groups.items()):
         # only where every seed has got to; between its own evaluations a seed is interpolated
@@ -115,6 +117,5 @@ def _draw_runs(axes, folders):
                   markersize=4, linewidth=1.6, label=f"{name}, {acting} (seeds: {len(seeds)})")
         if len(seeds) > 1:
             axes.fill_between(grid, curves.min(0), curves.max(0), color=colors[name], alpha=0.15, linewidth=0)
-    axes.set_xlabel("environment steps")
-    axes.set_title(" and ".join(sorted({str(read_args(folder).get("task")) for folder in folders}))
-                   + ": mean over seeds, band from the lowest to the highest", fontsize=11)
+    axes.set_xlabel("gradient steps" if methods == ["bc"] else "environment steps")
+    axes.set_title(" and ".join(tasks) + ": mean over seeds, band from the lowest to the highest", fontsize=11)

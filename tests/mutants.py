@@ -1,6 +1,6 @@
 """Mutants: wrong versions of the method files, each of which the tests must notice. They prove that the tests bite.
 
-    python tests/mutants.py                # all, and how many tests kill each (named if it is one); two cores: 40 seconds
+    python tests/mutants.py                # all, and how many tests kill each (its name if one); two cores: 40 seconds
     python tests/mutants.py replay.py      # those of one file
 
 A mutant is (name, file, old text, new text). Its file and that file's tests are copied to a new folder, the text is

@@ -7,6 +7,7 @@ is rewarded. Cloning reaches a mean action near 0, reinforcement learning one ne
 """
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import train_offline
 import train_online
 from baselines import dsrl, fql, ogpo, qc, rlpd
 from flow_policy import FlowPolicy
-from logbook import Clock, load_checkpoint, read_args
+from logbook import Clock, UserError, load_checkpoint, read_args
 from logbook.figure import read_run
 from replay import Batch, ChunkReplay
 from train_offline import Acting
@@ -419,13 +420,23 @@ def test_dsrls_actor_climbs_the_value_of_the_noise_that_it_would_send(name):
     assert torch.isclose(agent.update_actor(obs)["q_actor"], expected)
 
 
+class OnDevice:
+    """A tensor of an accelerator: numpy cannot read it."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def cpu(self):
+        return self.value
+
+
 def test_dsrl_sac_remembers_one_noise_for_each_chunk_with_its_discounted_rewards():
     agent = make("dsrl-sac", discount=0.5, reward_offset=-0.25)
     assert agent.draw(None, 8, None) is None and agent.update(None, True) == {}
-    noises = [torch.full((HORIZON, ACTION), float(i)) for i in range(3)]
+    noises, agent.steered = [torch.full((HORIZON, ACTION), float(i)) for i in range(3)], SimpleNamespace()
 
     def step(i, chunk, terminated=False, truncated=False):
-        agent.steered.noise.copy_(noises[chunk])
+        agent.steered.noise = OnDevice(noises[chunk])
         before, after = np.full(OBS, i, np.float32), np.full(OBS, i + 1, np.float32)
         agent.observe(envs.Transition(before, np.zeros(ACTION), 1.0, after, terminated, truncated, terminated))
     for i in range(3):
@@ -483,5 +494,7 @@ def test_qc_is_evaluated_in_both_ways_of_acting_and_rlpd_needs_no_stage_one(demo
     rlpd.main([*command, "--variant", "rlpd", "--run-dir", str(tmp_path / "rlpd")])
     assert read_args(tmp_path / "rlpd")["horizon"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["qc", "rlpd"]
+    with pytest.raises(UserError, match="rlpd-ac begins with an untrained policy: leave out --checkpoint"):
+        rlpd.main([*command, "--checkpoint", str(checkpoint), "--run-dir", str(tmp_path / "none")])
     qc.main(["--eval", str(tmp_path / "qc")])
     assert "acting from the best: success" in capsys.readouterr().out

@@ -113,10 +113,12 @@ def test_a_new_run_gets_its_own_flags_and_those_of_all(monkeypatch):
                       "--run-dir", "runs/lift-poco-posterior_clip_0-s4", "--overwrite"]]
 
 
-@pytest.mark.parametrize("flags", [["--online-steps", "300"], ["--online_steps=300"], ["--no-video", "--clip", "0.3"]])
+@pytest.mark.parametrize("flags", [["--online-steps", "300"], ["--online_steps=300"], ["--no-video", "--clip", "0.3"],
+                                   ["--no-normalize"], ["--horizon", "3"]])
 def test_a_run_that_is_there_does_not_pass_for_one_made_with_other_flags(flags, monkeypatch):
-    fake_run("poco", 0, clip=0.6)
-    with pytest.raises(UserError, match="lift-poco-s0 was made with (online_steps 200, not 300|clip 0.6, not 0.3)"):
+    fake_run("poco", 0, clip=0.6, normalize=True, horizon=5, data="data/x.hdf5")
+    with pytest.raises(UserError, match="lift-poco-s0 was made with (online_steps 200, not 300|clip 0.6, not 0.3|"
+                                        "normalize True, not False|horizon 5, not 3)"):
         compare.main(["--methods", "poco", "--seeds", "1", *flags])
     (compare.folder_of("lift", "poco", 0) / "curve.png").unlink()                      # interrupted, then
     (compare.folder_of("lift", "poco", 0) / "last.pt").touch()
@@ -124,8 +126,15 @@ def test_a_run_that_is_there_does_not_pass_for_one_made_with_other_flags(flags, 
         compare.main(["--methods", "poco", "--seeds", "1", *flags])
     calls = []
     monkeypatch.setattr(train_online, "main", calls.append)
-    compare.main(["--methods", "poco", "--seeds", "1", "--online-steps", "200", "--clip", "0.60", "--threads", "2"])
+    compare.main(["--methods", "poco", "--seeds", "1", "--online-steps", "200", "--clip", "0.60", "--threads", "2",
+                  "--data", "./data/x.hdf5", "--preset", "auto", "--device", "cpu"])
     assert calls == [["--resume", "runs/lift-poco-s0"]]
+
+
+@pytest.mark.parametrize("flags", [["--seed", "7"], ["--seed=7"], ["--run-dir", "runs/x"], ["--run_dir=runs/x"]])
+def test_what_differs_from_run_to_run_is_not_set_for_all(flags):
+    with pytest.raises(UserError, match="each run has its own --(seed|run-dir): leave it out"):
+        compare.main(["--methods", "poco", *flags])
 
 
 def test_runs_of_different_settings_are_not_compared_unless_that_is_what_is_compared():
@@ -141,7 +150,8 @@ def test_runs_of_different_settings_are_not_compared_unless_that_is_what_is_comp
     folders = [compare.folder_of("lift", method, 0) for method in ("poco", "qc")]
     with pytest.raises(UserError, match="preset"):
         compare.refuse_unlike(folders, ["poco", "qc"])
-    compare.refuse_unlike(folders, ["poco", "qc --preset paper"])
+    for own in ("qc --preset paper", "qc --preset=paper"):
+        compare.refuse_unlike(folders, ["poco", own])
     with pytest.raises(UserError, match="sac.*poco"):
         compare.main(["--methods", "sac"])
     assert read_run(folders[0])[1]["policy"][0.0] == (1, 4)

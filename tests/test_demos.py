@@ -235,7 +235,10 @@ SPOILERS = {
     "no data": (lambda f: f.pop("data"), "key 'data' is missing"),
     "no env_args": (lambda f: f["data"].attrs.pop("env_args"), "'env_args' of 'data' is missing"),
     "bad env_args": (lambda f: f["data"].attrs.modify("env_args", "{"), "'env_args' is not JSON"),
+    "no JSON object": (lambda f: f["data"].attrs.modify("env_args", "[]"), "'env_args' is not a JSON object"),
     "another world": (lambda f: f["data"].attrs.modify("env_args", '{"env_name": "Door"}'), "'env_args' is for Door"),
+    "a world without settings": (lambda f: f["data"].attrs.modify("env_args", '{"env_name": "Lift"}'),
+                                 "'env_args' has no 'env_kwargs'"),
     "unknown task": (lambda f: f["data"].attrs.modify("task", "lfit"), "unknown task 'lfit'"),
     "shaped": (
         lambda f: f["data"].attrs.modify("env_args", '{"env_name": "Lift", "env_kwargs": {"reward_shaping": true}}'),

@@ -222,7 +222,8 @@ def test_env_args_of_a_file_rebuild_the_same_world(env):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"env_version": "1.4.1"}, "pip install robosuite==1.4.1"), ({"env_name": "Stack"}, "env_args are for Stack")],
+    [({"env_version": "1.4.1"}, "pip install robosuite==1.4.1"), ({"env_name": "Stack"}, "env_args are for Stack"),
+     ({"env_kwargs": {"robots": "Panda", "gravity": 3}}, "robosuite 1.5.* does not take these env_args: .*gravity")],
 )
 def test_env_args_of_another_world_are_refused(env, change, message):
     with pytest.raises(ValueError, match=message):
@@ -362,6 +363,8 @@ def test_evaluation_does_not_depend_on_workers_and_a_pool_can_be_used_again():
         with pytest.raises(RuntimeError, match="KeyError.*no such weight"):
             pool.run(FailingPolicy(), 3, seed=0)
         assert same(alone, pool.run(RandomPolicy(), 5, seed=50)) and same(later, pool.run(RandomPolicy(), 2, seed=53))
+        for process, _ in pool._pool:
+            os.kill(process.pid, signal.SIGTERM)  # a cluster's scheduler signals the whole group; the parent answers
         assert same(alone, pool.run(RandomPolicy(), 5, seed=50))
 
 

@@ -109,7 +109,7 @@ def test_full_disk_keeps_the_previous_checkpoint(book):
     assert "last.pt" in str(refusal.value) and "File too large" in str(refusal.value)
     assert "previous checkpoint is intact" in str(refusal.value) and "\n" not in str(refusal.value)
     assert book.load("last.pt")["step"] == 1
-    assert not list(book.folder.glob(".*"))
+    assert not list(book.folder.glob(".*.tmp"))
     with full_disk(100_000), pytest.raises(UserError, match="no checkpoint was written"):
         book.save("best.pt", {"step": 2, "x": torch.zeros(1_000_000)})
 
@@ -123,7 +123,7 @@ def test_interrupted_save_leaves_the_old_checkpoint_and_no_temporary_file(book, 
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         book.save("last.pt", {"step": 2})
-    assert book.load("last.pt")["step"] == 1 and not list(book.folder.glob(".*"))
+    assert book.load("last.pt")["step"] == 1 and not list(book.folder.glob(".*.tmp"))
 
 
 def test_checkpoint_brings_back_generators_and_optimizers_exactly(tmp_path):
@@ -273,8 +273,23 @@ def test_create_refuses_an_existing_run_and_overwrite_replaces_only_its_files(bo
     assert len(rows(book.folder / "progress.csv")) == 2
     Logbook.create(book.folder, ARGS, COLUMNS, overwrite=True)
     names = sorted(path.name for path in book.folder.iterdir())
-    assert names == ["args.json", "eval.csv", "notes.txt", "progress.csv"]
+    assert names == [".lock", "args.json", "eval.csv", "notes.txt", "progress.csv"]
     assert len(rows(book.folder / "progress.csv")) == 1
+
+
+@pytest.mark.parametrize("begin", ["create(folder, {}, ['success'], overwrite=True)", "resume(folder, ['success'])"])
+def test_two_processes_do_not_write_to_one_folder(tmp_path, begin):
+    folder = tmp_path / "run"
+    book = Logbook.create(folder, ARGS, ["success"])
+    book.save("last.pt", {"step": 1})
+    script = f"import sys, logbook; folder = sys.argv[1]; logbook.cli(lambda: logbook.Logbook.{begin})"
+    command = [sys.executable, "-c", script, str(folder)]
+    other = subprocess.run(command, cwd=Path(logbook.__file__).parents[1], capture_output=True, text=True)
+    assert other.returncode == 2 and "another process is writing to" in other.stderr and other.stderr.count("\n") == 1
+    assert json.loads((folder / "args.json").read_text())["args"]["task"] == "lift"
+    Logbook.resume(folder, ["success"])                       # the process itself may
+    del book
+    assert subprocess.run(command, cwd=Path(logbook.__file__).parents[1], capture_output=True).returncode == 0
 
 
 def test_unwritable_folder_is_one_sentence_and_exit_code_2(tmp_path, capsys):
@@ -457,6 +472,13 @@ def test_several_runs_become_a_mean_and_a_band_over_seeds(tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["logbook", *map(str, folders)])
     main()
     assert capsys.readouterr().out == "curves.png\n" and len(colors(tmp_path / "curves.png")) > 20
+    can = Logbook.create(tmp_path / "elsewhere/lift-poco-s0", ARGS | {"task": "can"}, COLUMNS)     # no seed of the others
+    fill(can, 5)
+    axes = Figure().add_subplot()
+    _draw_runs(axes, [*folders, can.folder])
+    assert axes.get_title().startswith("can and lift:") and axes.get_xlabel() == "environment steps"
+    assert {"can, lift-poco, policy (seeds: 1)", "lift, lift-poco, policy (seeds: 2)"} <= {
+        line.get_label() for line in axes.get_lines()}
 
 
 def test_curve_of_a_run_without_rows_is_an_empty_picture_and_of_no_run_an_error(book, tmp_path):

@@ -21,7 +21,7 @@ import train_offline
 from baselines import dppo, ppo, reinflow
 from benchmarks import compare
 from flow_policy import FlowPolicy
-from logbook import Clock, load_checkpoint
+from logbook import Clock, UserError, load_checkpoint
 from train_offline import Acting
 
 from test_train import same
@@ -446,6 +446,11 @@ def test_a_run_resumed_is_bitwise_the_uninterrupted_run(start_of_runs, tmp_path)
     reinflow.main([*start_of_runs, "--online-steps", "33", "--run-dir", str(tmp_path / "parts")])
     reinflow.main(["--resume", str(tmp_path / "parts"), "--online-steps", "60"])
     same(*(load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts")))
+    arguments = (tmp_path / "parts/args.json").read_text()
+    for flags, told in ((["--num-envs", "3"], "with --num-envs 2"), (["--episode-limit", "2"], "--episode-limit 2 has")):
+        with pytest.raises(UserError, match=told):
+            reinflow.main(["--resume", str(tmp_path / "parts"), "--online-steps", "90", *flags])
+    assert (tmp_path / "parts/args.json").read_text() == arguments
 
 
 @pytest.mark.sim

@@ -21,7 +21,7 @@ import demos
 import poco
 import train_offline
 import train_online
-from logbook import Clock, UserError, load_checkpoint
+from logbook import Clock, Progress, UserError, load_checkpoint
 from replay import Batch, ChunkReplay
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +88,31 @@ def test_stage_one_resumed_is_bitwise_the_uninterrupted_run(demo_file, stage_one
     train_offline.main(["--resume", str(tmp_path / "run"), "--pretrain-steps", "20"])
     same(load_checkpoint(tmp_path / "run" / "last.pt"), load_checkpoint(stage_one / "last.pt"))
     assert [row["step"] for row in rows(tmp_path / "run/progress.csv")] == [str(step) for step in range(1, 21)]
+    with pytest.raises(UserError, match="run has 20 steps already: --pretrain-steps must be at least that"):
+        train_offline.main(["--resume", str(tmp_path / "run"), "--pretrain-steps", "12"])
+    assert len(rows(tmp_path / "run/eval.csv")) == 2 and rows(tmp_path / "run/eval.csv")[-1]["step"] == "20"
+
+
+def test_stage_one_interrupted_between_two_rows_has_the_same_rows(demo_file, tmp_path, monkeypatch):
+    command = [*TOY, "--data", str(demo_file), "--pretrain-steps", "60"]                              # a row every 3
+    train_offline.main([*command, "--run-dir", str(tmp_path / "whole")])
+
+    def interrupted_at(step):
+        monkeypatch.setattr(Progress, "update", lambda self, at, *_: at == step and os.kill(os.getpid(), signal.SIGINT))
+
+    interrupted_at(7)                                        # seen after the next step
+    train_offline.main([*command, "--run-dir", str(tmp_path / "parts")])
+    assert load_checkpoint(tmp_path / "parts")["step"] == 8
+    interrupted_at(None)
+    train_offline.main(["--resume", str(tmp_path / "parts")])
+    whole, parts = (rows(tmp_path / name / "progress.csv") for name in ("whole", "parts"))
+    assert [(row["step"], row["bc"]) for row in whole] == [(row["step"], row["bc"]) for row in parts]
+
+
+def test_no_step_of_stage_one_leaves_the_untrained_policy(demo_file, tmp_path, capsys):
+    train_offline.main([*TOY, "--data", str(demo_file), "--pretrain-steps", "0", "--run-dir", str(tmp_path / "run")])
+    assert f"--checkpoint {tmp_path}/run/last.pt" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run/last.pt")["step"] == 0
 
 
 def test_stage_one_saves_its_last_step_and_nothing_non_finite(demo_file, tmp_path):
@@ -314,6 +339,13 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
     with h5py.File(older, "r+") as file:
         recorded = file["data"].attrs["env_args"]
         file["data"].attrs["env_args"] = recorded.replace('"env_version": "1.5', '"env_version": "1.4')
+    damaged, swapped, elsewhere = (shutil.copytree(uninterrupted, tmp_path / name) for name in (
+        "damaged", "swapped", "elsewhere"))
+    (damaged / "args.json").write_text('{"args": null}')
+    shutil.copy(stage_one / "last.pt", swapped / "last.pt")
+    stored = json.loads((elsewhere / "args.json").read_text())
+    stored["args"]["data"] = str(older)
+    (elsewhere / "args.json").write_text(json.dumps(stored))
     start = ["--data", str(demo_file), "--checkpoint", str(stage_one / "last.pt")]
     return {
         "unknown task": (["--task", "lfit"], "lift, can, square"),
@@ -325,6 +357,11 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
         "another version": ([*start[:2], "--checkpoint", str(version)], "999"),
         "other networks": ([*start, "--hidden", "48"], "--hidden"),
         "another task": (["--resume", str(uninterrupted), "--task", "can"], "lift"),
+        "resume another preset": (["--resume", str(uninterrupted), "--preset", "paper"], "begun with preset cpu"),
+        "resume with other rewards": (["--resume", str(uninterrupted), "--reward-offset", "-3"], "begun with reward_off"),
+        "damaged arguments": (["--resume", str(damaged)], "args.json is damaged"),
+        "a checkpoint of another stage": (["--resume", str(swapped)], "does not fit this run .*world"),
+        "evaluated by another simulator": (["--eval", str(elsewhere)], "evaluation: .*recorded with robosuite 1.4"),
         "resume nothing": (["--resume", str(tmp_path / "nowhere")], "nowhere"),
         "resume with other networks": (["--resume", str(uninterrupted), "--hidden", "48"], "run does not fit this run"),
         "resume beyond the episode's limit": (["--resume", str(uninterrupted), "--episode-limit", "5"],
@@ -335,6 +372,7 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
         "no such device": ([*start, "--device", "gpu"], "--device gpu cannot be used here"),
         "fewer than no threads": ([*start, "--threads", "-1"], "--threads must be at least 0, got -1"),
         "a negative seed": ([*start, "--seed", "-1"], "--seed must be at least 0, got -1"),
+        "a seed of 20 digits": ([*start, "--seed", "9" * 20], "--seed must be below"),
         "no steps": ([*start, "--online-steps", "0"], "--online-steps must be a number greater than 0, got 0"),
         "a run is there": ([*start, "--run-dir", str(uninterrupted)], "--overwrite"),
         "a run is there, before stage I": (["--data", str(demo_file), "--run-dir", str(uninterrupted)], "--overwrite"),
@@ -347,10 +385,12 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
 
 MISTAKES = [
     "unknown task", "no such demonstrations", "truncated demonstrations", "foreign demonstrations",
-    "no such checkpoint", "another robosuite", "another version", "other networks", "another task", "resume nothing",
+    "no such checkpoint", "another robosuite", "another version", "other networks", "another task",
+    "resume another preset", "resume with other rewards", "damaged arguments", "a checkpoint of another stage",
+    "evaluated by another simulator", "resume nothing",
     "resume with other networks", "resume beyond the episode's limit", "resume with another replay",
     "evaluate stage I", "a checkpoint for nothing",
-    "no such device", "fewer than no threads", "a negative seed", "no steps", "a run is there",
+    "no such device", "fewer than no threads", "a negative seed", "a seed of 20 digits", "no steps", "a run is there",
     "a run is there, before stage I", "unwritable folder",
     "temperature 0", "endless updates", "more than a whole batch"]
 
@@ -392,13 +432,11 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
 
 
 def test_divergence_stops_the_run_and_the_last_good_checkpoint_stays(demo_file, stage_one, tmp_path):
-    with pytest.raises(UserError, match="step"):
-        online(tmp_path / "run", demo_file, stage_one, "--online-steps", "40", "--online-learning-rate", "1e30",
-               "--save-every", "1", "--warmup-steps", "4")
-    path = tmp_path / "run" / "last.pt"
-    if path.exists():                                        # the first update may already be the bad one
-        agent = load_checkpoint(path)["agent"]
-        assert all(torch.isfinite(value).all() for net in ("policy", "critic") for value in agent[net].values())
+    folder = online(tmp_path / "run", demo_file, stage_one, "--online-steps", "4", "--save-every", "1")
+    with pytest.raises(UserError, match=f"step.*{folder}/last.pt is the last good checkpoint"):
+        train_online.main(["--resume", str(folder), "--online-steps", "40", "--online-learning-rate", "1e30"])
+    agent = load_checkpoint(folder)["agent"]
+    assert all(torch.isfinite(value).all() for net in ("policy", "critic") for value in agent[net].values())
 
 
 def test_both_stages_from_the_command_line_with_task_as_the_only_needed_flag(tmp_path):
