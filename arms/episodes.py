@@ -17,6 +17,8 @@ control loop (robot.py), the format itself (demos/hdf5.py).
 Shapes: T steps, D observation, A action.
 """
 import contextlib
+import functools
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -113,6 +115,20 @@ def following(folder):
     """Number and path of the next episode: after the last one, also where one in between was deleted."""
     number = max(map(_number, numbered(folder)), default=-1) + 1
     return number, Path(folder) / f"episode_{number:05d}.hdf5"
+
+
+def digest(path):
+    """A file's content in 64 characters, None where there is no file: a number is used again once its file is gone."""
+    try:
+        stat = Path(path).stat()
+        return _digest(Path(path), stat.st_size, stat.st_mtime_ns)
+    except FileNotFoundError:
+        return None
+
+
+@functools.lru_cache(maxsize=None)                    # asked several times a second, of all files of a run
+def _digest(path, size, changed):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load(paths, task):

@@ -33,7 +33,7 @@ from logbook import (Interrupt, Progress, UserError, fitting, keep_rate, load_ch
 from poco import e_step, m_step_loss, posterior_weights
 from replay import FIELDS, ChunkReplay
 
-from .episodes import load, numbered
+from .episodes import digest, load, numbered
 from .pipe import Outlet, flat, unflatten
 
 STATS = ("critic", "q_data", "q_mean", "q_min", "q_max", "q_spread", "ess", "kl", "clip_frac", "alive_mass", "bc",
@@ -364,7 +364,7 @@ def serve(settings, task, connection, shared, lock, version):
     learner.load_state_dict(load_checkpoint(path), folder)
     for late in numbered(folder)[learner.absorbed:]:
         learner.add(late)
-    known = {str(name) for name in numbered(folder)[:learner.absorbed]}
+    known = {str(name): digest(name) for name in numbered(folder)[:learner.absorbed]}
 
     def publish():
         vector = flat([learner.actor, learner.critic])
@@ -381,9 +381,10 @@ def serve(settings, task, connection, shared, lock, version):
                 if connection.poll(0 if due else 0.2):
                     name = os.fsdecode(connection.recv_bytes())
                     running = bool(name)
-                    if running and name not in known:
+                    found = digest(name) if running else None
+                    if found not in (None, known.get(name)):      # neither deleted since nor told of twice
                         learner.add(name)
-                        known.add(name)
+                        known[name] = found
                 if due and running:
                     learner.update()
                     if learner.updates % 20 == 0 or learner.owed() == 0:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from arms.episodes import Take, layout, load, outcome
+from test_robot_runs import Scene, still
 
 pytest.importorskip("h5py")
 TASK = layout("insert-usb", {"joints": 6, "gripper": 1, "eef": 9})
@@ -63,6 +64,14 @@ def test_a_success_of_no_step_at_all_is_none():
     take = Take(OBS)
     take.outcome = "success"
     assert take.outcome == "unlabelled"
+
+
+def test_the_operator_who_says_success_while_the_arm_is_held_is_told(capfd):
+    """Space without an operator's arm, then s: the same episode counts when a step comes after the second space."""
+    for events, said in ((["pause", None, "success"], "unlabelled"), (["pause", "pause", None, "success"], "success")):
+        with (scene := Scene([None] * 3 + events, teleop=False)).rig as rig:
+            assert rig.episode(still, 0).outcome == said and len(scene.sent) > 3
+        assert ("NOT A SUCCESS" in capfd.readouterr().err) == (said == "unlabelled")
 
 
 def test_a_finished_episode_survives_a_power_cut(tmp_path, monkeypatch):

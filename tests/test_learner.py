@@ -6,6 +6,7 @@ Not here: what it learns and how its death is told (test_robot_runs.py, test_rob
 """
 import multiprocessing
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,27 @@ def test_it_learns_on_while_nobody_listens_and_ends_at_once(start, tmp_path):
     background.close()
     assert time.monotonic() - since < 5 and background.process.exitcode == 0
     assert (tmp_path / "last.pt").read_text() == str(OWED)
+
+
+def test_a_number_used_again_is_another_episode_and_a_deleted_one_is_none(start, tmp_path):
+    class Reading(Quick):
+        def add(self, path):
+            Path(path).read_bytes()
+            self.absorbed += 1
+
+        def owed(self):
+            return 2 * self.absorbed - self.updates
+    background, path = start(Reading), tmp_path / "episodes/episode_00000.hdf5"
+    path.parent.mkdir()
+    for content, updates in ((b"one", 2), (b"one", 2), (b"again", 4), (None, 4), (b"back", 6)):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        background.absorb(path)
+        time.sleep(0.5)                                                            # too many would come soon, too
+        until(lambda: background.report().get("updates", 0) >= updates, 10)
+        background.check()
+        assert background.report()["updates"] == updates
 
 
 def test_what_does_not_end_is_killed_and_told(start, monkeypatch, capfd):
