@@ -94,8 +94,11 @@ class Line:
             self.asked = time.monotonic()
             for name, data in self._call(self.hub.take.remote()):
                 path = self.folder / "episodes" / name
-                if name:                                             # also over one that the arm has recorded again
-                    write(path, data)
+                try:
+                    if name:                                         # also over one that the arm has recorded again
+                        write(path, data)
+                except OSError as error:                             # serve() would take it for the end of the arm
+                    raise UserError(f"cannot write {path} on its machine: {error.strerror}") from error
                 self.names.append(os.fsencode(path) if name else b"")
         if not self.names:
             time.sleep(seconds)
@@ -117,6 +120,7 @@ class Pupil:
         data = folder / "demos" if len(demos) > 1 else folder / "demos" / next(iter(demos))
         settings = settings | {"run_dir": str(folder), "data": str(data)}
         line, last = Line(ray, hub, folder), folder / "last.pt"
+        line.send({})                                                # it has begun
         learner = Learner(types.SimpleNamespace(**settings), task)
         if last.exists():
             learner.load_state_dict(load_checkpoint(last), folder / "episodes")
@@ -137,6 +141,7 @@ class Faraway:
     """The calls of Learner and Background that robot.py makes, for a learner on another node of the cluster."""
 
     absorbed = furthest = 0                                          # furthest: most updates of any learner so far
+    heard = False
 
     def __init__(self, args, task):
         self.demos = numbered(args.data) if Path(args.data).is_dir() else [Path(args.data)]
@@ -167,10 +172,15 @@ class Faraway:
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
         print(f"the learner works at {self.args.learner}, in runs/{self.job[-1]}: stage I first", flush=True)
+        since = time.monotonic()
         with Interrupt() as interrupt:
             while self.newest[0] == 0 and not interrupt.stop:
                 self.check()
                 time.sleep(PERIOD)
+                if not self.heard and time.monotonic() - since > TIMEOUT:
+                    since = float("inf")
+                    print("the learner has not begun within a minute: is another run's learner on that machine? This "
+                          "one waits for its end, or for Ctrl-C", file=sys.stderr, flush=True)
         return self.newest[0] > 0
 
     def wait(self):
@@ -260,6 +270,11 @@ class Faraway:
     def _exchange(self):
         """What the hub has for us, then what the learner lacks."""
         version, weights, note = self.ray.get(self.hub.pull.remote(self.newest[0], 0), timeout=TIMEOUT)
+        if note:                                                     # first: what it said counts, also where its
+            self.heard = True                                        # weights went with it
+            if (updates := note["stats"].get("updates", 0)) > self.furthest:     # not one that was only done again
+                self.furthest, self.failures = updates, 0
+            self.stats |= note["stats"]
         if weights:
             self.newest = version, np.array(self.ray.get(weights[0], timeout=TIMEOUT))
             if self.silent:
@@ -267,9 +282,6 @@ class Faraway:
                 print("the learner answers again", file=sys.stderr, flush=True)
         if not note:                                                 # it has not said anything yet
             return
-        if (updates := note["stats"].get("updates", 0)) > self.furthest:     # not one that was only done again
-            self.furthest, self.failures = updates, 0
-        self.stats |= note["stats"]
         if note["checkpoint"] and note["stamp"] != self.stamp:
             write(self.folder / "last.pt", np.array(self.ray.get(note["checkpoint"][0], timeout=TIMEOUT)))
             self.stamp = note["stamp"]

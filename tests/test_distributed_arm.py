@@ -5,6 +5,8 @@
 Not here: the same on a cluster (test_distributed_ray.py).
 """
 import contextlib
+import dataclasses
+import errno
 import sys
 import threading
 import time
@@ -172,6 +174,50 @@ def test_why_it_could_not_save_at_the_end_is_told(tmp_path, capfd):
     assert far.told(0.2) is None
     far.close()
     assert "the learner stopped: the policy became non-finite" in capfd.readouterr().err
+
+
+def test_last_words_are_heard_also_where_the_weights_went_with_their_machine(tmp_path):
+    class Lost:
+        @property
+        def value(self):
+            raise RayError
+    far = Far(tmp_path)
+    far.ray.put = lambda value: Lost()
+    far.line.copy_(torch.zeros(3))
+    far.line.value += 1
+    far.line.send({"failed": "a non-finite Q"})
+    with pytest.raises(RayError):
+        far._exchange()
+    assert far.told(0.1) == "the learner stopped: a non-finite Q"
+
+
+def test_a_learner_that_cannot_begin_is_told_once(tmp_path, monkeypatch, capfd):
+    """Another run has its machine, for example: Ray waits, whoever stands at the arm should know."""
+    monkeypatch.setattr(arm, "TIMEOUT", 0.2)
+    for speaks, count in ((False, 1), (True, 0)):
+        def learn(line):
+            if speaks:
+                line.send({})
+            time.sleep(1)
+            say(line, 0)
+            while not far.closing:
+                time.sleep(0.01)
+        far = Far(tmp_path / str(count), learn)
+        far.args = dataclasses.make_dataclass("Args", ["resume", "learner"])(False, "gpu:6379")
+        far.demos, far.task = [], None
+        assert far.pretrain(None)
+        far.close()
+        assert capfd.readouterr().err.count("has not begun") == count
+
+
+def test_a_full_disk_there_is_no_end_of_the_arm(tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(arm, "write", full)
+    far = Far(tmp_path)
+    far.hub.push.remote("episode_00000.hdf5", b"")
+    with pytest.raises(UserError, match="cannot write .*No space left on device"):
+        far.line.poll(0)
 
 
 # ---- which episodes it has
