@@ -539,8 +539,8 @@ def main(argv=None):
         if not run.supervised(lambda: save(book, run, report)):
             return print(f"saved at step {run.cloned} of SFT; continue with --resume {book.folder}")
         run.reset()
+        run.evaluate(book, 0)                                                    # killed in here, SFT's rows still come
         save(book, run, report)
-        run.evaluate(book, 0)
     if train(args, run, book, report):
         print(f"done: {curve(book.folder)}")
     book.close()

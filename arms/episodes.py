@@ -9,14 +9,18 @@
 
 A step whose observation was stale is not stored; the episode then consists of several demonstrations, `demo_0`,
 `demo_1`, ..., each without a hole, so no chunk ever crosses one. A success ends its episode with reward 1, a failure
-(key f) with 0, both terminal; running out of time truncates: what would have come next still counts. Besides
-robomimic's own keys each has `intervention` (T,) and `requested` (T, A). Needs h5py. Not here: the control loop
-(robot.py), the format itself (demos/hdf5.py).
+(key f) with 0, both terminal; running out of time truncates: what would have come next still counts. A success with
+no step since the hole has nothing to carry its reward: the operator is told, the episode is unlabelled, as after a
+time-out. Besides robomimic's own keys each has `intervention` (T,) and `requested` (T, A). Needs h5py. Not here: the
+control loop (robot.py), the format itself (demos/hdf5.py).
 
 Shapes: T steps, D observation, A action.
 """
 import contextlib
+import functools
+import hashlib
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,26 +34,41 @@ class Take:
     """One episode being played. `outcome`: how it ended; `steps`, `dropped`, `interventions`: counts of steps."""
 
     def __init__(self, obs):
-        self.pieces, self.outcome = [self._piece(obs)], None
+        self.pieces, self._outcome = [self._piece(obs)], None
         self.dropped = 0
 
     @staticmethod
     def _piece(obs):
-        return {"obs": [obs], "action": [], "requested": [], "intervention": []}
+        return {"obs": [] if obs is None else [obs], "action": [], "requested": [], "intervention": []}
+
+    @property
+    def outcome(self):
+        return self._outcome
+
+    @outcome.setter
+    def outcome(self, label):
+        """"unlabelled" instead of a success that no step could carry: whoever counts must not count that one."""
+        self._outcome = label
+        if label == "success" and not self.pieces[-1]["action"]:
+            self._outcome = "unlabelled"
+            with contextlib.suppress(OSError, ValueError):    # the terminal may be gone
+                print("NOT A SUCCESS: no step has been stored since the last hold, so none can bear the reward; the "
+                      "episode has no label", file=sys.stderr)
 
     def add(self, action, requested, obs, intervention=False):
         """One step: action (A,) as it ran, requested (A,) before the guard, obs (D,) at the end of its period."""
         piece = self.pieces[-1]
+        if not piece["obs"]:
+            return self.drop(obs)                             # what it began with is not known
         for name, value in (("action", action), ("requested", requested), ("obs", obs), ("intervention", intervention)):
             piece[name].append(np.asarray(value, np.float32))
 
     def drop(self, obs):
         """A step was lost; obs (D,) is what it ended with, or None if not even that is known."""
         self.dropped += 1
-        if obs is not None and self.pieces[-1]["action"]:
-            self.pieces.append(self._piece(obs))
-        elif obs is not None:
-            self.pieces[-1] = self._piece(obs)
+        if not self.pieces[-1]["action"]:
+            self.pieces.pop()
+        self.pieces.append(self._piece(obs))
 
     @property
     def steps(self):
@@ -96,6 +115,20 @@ def following(folder):
     """Number and path of the next episode: after the last one, also where one in between was deleted."""
     number = max(map(_number, numbered(folder)), default=-1) + 1
     return number, Path(folder) / f"episode_{number:05d}.hdf5"
+
+
+def digest(path):
+    """A file's content in 64 characters, None where there is no file: a number is used again once its file is gone."""
+    try:
+        stat = Path(path).stat()
+        return _digest(Path(path), stat.st_size, stat.st_mtime_ns)
+    except FileNotFoundError:
+        return None
+
+
+@functools.lru_cache(maxsize=None)                    # asked several times a second, of all files of a run
+def _digest(path, size, changed):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load(paths, task):

@@ -33,12 +33,14 @@ from logbook import (Interrupt, Progress, UserError, fitting, keep_rate, load_ch
 from poco import e_step, m_step_loss, posterior_weights
 from replay import FIELDS, ChunkReplay
 
-from .episodes import load, numbered
+from .episodes import digest, load, numbered
+from .pipe import Outlet, flat, unflatten
 
 STATS = ("critic", "q_data", "q_mean", "q_min", "q_max", "q_spread", "ess", "kl", "clip_frac", "alive_mass", "bc",
          "surrogate")
 
 STARVED = 1000                                 # updates behind the steps at which the learner's lag is told
+LAST = 10.0                                    # seconds the learner's process has to save and end
 
 
 def networks(args, task, device="cpu"):
@@ -257,18 +259,6 @@ def minimise(loss, optimizer):
 
 # ---- the second process ----------------------------------------------------------------------------------------------
 
-def flat(modules):
-    """All numbers of these networks as one vector, statistics included."""
-    return torch.cat([value.detach().cpu().flatten() for module in modules for value in module.state_dict().values()])
-
-
-def unflatten(vector, modules):
-    """The inverse: write a vector of `flat` into these networks."""
-    values = [value for module in modules for value in module.state_dict().values()]
-    for value, part in zip(values, vector.split([value.numel() for value in values])):
-        value.copy_(part.view_as(value))
-
-
 class Background:
     """A Learner in a process of lower priority. `absorb` and `pull` return at once; `check` raises if it has died."""
 
@@ -280,7 +270,7 @@ class Background:
         self.stats, self.told = {}, False
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, name="learner", daemon=True, args=(
-            dataclasses.asdict(args), task, theirs, self.shared, self.lock, self.version))
+            dataclasses.asdict(args), task, Outlet(theirs), self.shared, self.lock, self.version))
         self.process.start()
         theirs.close()
 
@@ -327,10 +317,12 @@ class Background:
         return self.stats
 
     def _listen(self):
-        while self.connection.poll():
-            self.stats |= self.connection.recv()
-        if "failed" in self.stats:
-            raise UserError(f"the learner stopped: {self.stats['failed']}")
+        try:
+            while self.connection.poll():
+                self.stats |= self.connection.recv()
+        finally:                                          # also where the pipe ends after the last words
+            if "failed" in self.stats:
+                raise UserError(f"the learner stopped: {self.stats['failed']}") from None
 
     def check(self, sure=False):
         if sure:
@@ -342,14 +334,22 @@ class Background:
                             f"is on disk: python robot.py train --resume {self.args.run_dir}")
 
     def close(self):
-        """Let it save and end; at most a minute."""
-        try:
+        """Let it save and end; after LAST seconds it is killed, and last.pt stays the whole one it was."""
+        with contextlib.suppress(OSError):
             self.connection.send_bytes(b"")
-        except OSError:
-            pass
-        self.process.join(60)
+        self.process.join(LAST)
         if self.process.is_alive():
-            self.process.terminate()
+            self.process.kill()                           # SIGTERM it ignores
+            self.process.join()
+            print(f"the learner did not end within {LAST:.0f} s and was killed: what it has learnt since it last saved "
+                  "is lost, no episode is", file=sys.stderr)
+        if "failed" not in self.stats:                    # otherwise the run ends because of it
+            try:
+                self._listen()                            # why it could not save, for example
+            except UserError as error:
+                print(error, file=sys.stderr)
+            except (EOFError, OSError):
+                pass
 
 
 def serve(settings, task, connection, shared, lock, version):
@@ -364,7 +364,7 @@ def serve(settings, task, connection, shared, lock, version):
     learner.load_state_dict(load_checkpoint(path), folder)
     for late in numbered(folder)[learner.absorbed:]:
         learner.add(late)
-    known = {str(name) for name in numbered(folder)[:learner.absorbed]}
+    known = {str(name): digest(name) for name in numbered(folder)[:learner.absorbed]}
 
     def publish():
         vector = flat([learner.actor, learner.critic])
@@ -375,26 +375,24 @@ def serve(settings, task, connection, shared, lock, version):
 
     publish()
     try:
-        while running:
-            due = learner.owed() > 0
-            if connection.poll(0 if due else 0.2):
-                name = os.fsdecode(connection.recv_bytes())
-                running = bool(name)
-                if running and name not in known:
-                    learner.add(name)
-                    known.add(name)
-            if due and running:
-                learner.update()
-                if learner.updates % 20 == 0 or learner.owed() == 0:
-                    publish()
-                if learner.updates % args.save_every == 0:
-                    learner.save(path)
-    except (EOFError, OSError):
-        pass                                              # the arm's process is gone: save what was learnt
+        with contextlib.suppress(EOFError, OSError):      # the arm's process is gone: save what was learnt
+            while running:
+                due = learner.owed() > 0
+                if connection.poll(0 if due else 0.2):
+                    name = os.fsdecode(connection.recv_bytes())
+                    running = bool(name)
+                    found = digest(name) if running else None
+                    if found not in (None, known.get(name)):      # neither deleted since nor told of twice
+                        learner.add(name)
+                        known[name] = found
+                if due and running:
+                    learner.update()
+                    if learner.updates % 20 == 0 or learner.owed() == 0:
+                        publish()
+                    if learner.updates % args.save_every == 0:
+                        learner.save(path)
+        learner.save(path)
     except UserError as error:                            # diverged, as `save` noticed and says
         connection.send({"failed": str(error)})
-        return
     except ValueError as error:                           # or as the E-step did
         connection.send({"failed": f"{error}. {path} is the last good checkpoint"})
-        return
-    learner.save(path)

@@ -40,6 +40,11 @@ def save(path, task: Task, env_args: dict, episodes: list[dict]) -> Path:
         with open(partial, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive a power cut
+        finally:
+            os.close(folder)
     finally:
         partial.unlink(missing_ok=True)
     return path

@@ -24,14 +24,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arms.episodes import numbered
+from arms.episodes import digest, numbered
 from arms.learner import Acting, Learner, networks, serve, unflatten
 from logbook import Interrupt, UserError, load_checkpoint, replacing
 
 from .cluster import TIMEOUT, connect, make_hub
 
 PERIOD = 0.2                                   # seconds between exchanges
-PATIENCE = 3                                   # failures in a row, without an update between them, until the run ends
+PATIENCE = 3                                   # failures in a row, with no new update between them, until the run ends
 
 
 def read(path):
@@ -45,6 +45,16 @@ def write(path, data):
         data.tofile(file)
 
 
+def set_aside(folder, episodes):
+    """Rename the copies here of what the arm has deleted or recorded again, episodes = {name: digest} being all it has.
+
+    What it has recorded again is then missing here and sent, and read as a new one.
+    """
+    for path in numbered(folder):
+        if episodes.get(path.name) != digest(path):
+            path.replace(path.with_suffix(".gone"))
+
+
 # ---- there -----------------------------------------------------------------------------------------------------------
 
 class Line:
@@ -54,6 +64,7 @@ class Line:
         self.ray, self.hub, self.folder = ray, hub, folder
         self.value = self._call(hub.pull.remote(-1, 0))[0]           # it never falls, whoever learns
         self.vector, self.names, self.asked, self.stamp, self.checkpoint = None, collections.deque(), 0.0, None, None
+        self.stats = {}
 
     def _call(self, reference):
         try:
@@ -65,12 +76,16 @@ class Line:
         self.vector = vector.numpy()
 
     def send(self, stats):
-        """Weights, statistics, the episodes that are here, and the checkpoint if there is a newer one."""
+        """Weights, statistics, the episodes that are here, and the checkpoint if there is a newer one.
+
+        The hub keeps the last note only, so it holds all that was ever said, last words above all.
+        """
+        self.stats |= stats
         last = self.folder / "last.pt"
         if last.exists() and last.stat().st_mtime_ns != self.stamp:
             self.stamp, self.checkpoint = last.stat().st_mtime_ns, [self.ray.put(read(last))]
-        note = {"stats": stats, "have": [path.name for path in numbered(self.folder / "episodes")],
-                "stamp": self.stamp, "checkpoint": self.checkpoint}
+        have = [(path.name, digest(path)) for path in numbered(self.folder / "episodes")]
+        note = {"stats": self.stats, "have": have, "stamp": self.stamp, "checkpoint": self.checkpoint}
         weights = None if self.vector is None else [self.ray.put(self.vector)]
         self._call(self.hub.publish.remote(self.value, weights, [note]))
 
@@ -79,8 +94,11 @@ class Line:
             self.asked = time.monotonic()
             for name, data in self._call(self.hub.take.remote()):
                 path = self.folder / "episodes" / name
-                if name and not path.exists():
-                    write(path, data)
+                try:
+                    if name:                                         # also over one that the arm has recorded again
+                        write(path, data)
+                except OSError as error:                             # serve() would take it for the end of the arm
+                    raise UserError(f"cannot write {path} on its machine: {error.strerror}") from error
                 self.names.append(os.fsencode(path) if name else b"")
         if not self.names:
             time.sleep(seconds)
@@ -93,15 +111,16 @@ class Line:
 class Pupil:
     """What Ray makes an actor of: stage I if it is still to do, then arms.learner.serve."""
 
-    def learn(self, hub, settings, task, demos, run):
+    def learn(self, hub, settings, task, demos, run, episodes):
         import ray
         folder = Path("runs") / run
+        set_aside(folder / "episodes", episodes)
         for name, data in demos.items():
-            if not (folder / "demos" / name).exists():
-                write(folder / "demos" / name, data)
+            write(folder / "demos" / name, data)
         data = folder / "demos" if len(demos) > 1 else folder / "demos" / next(iter(demos))
         settings = settings | {"run_dir": str(folder), "data": str(data)}
         line, last = Line(ray, hub, folder), folder / "last.pt"
+        line.send({})                                                # it has begun
         learner = Learner(types.SimpleNamespace(**settings), task)
         if last.exists():
             learner.load_state_dict(load_checkpoint(last), folder / "episodes")
@@ -121,7 +140,8 @@ class Pupil:
 class Faraway:
     """The calls of Learner and Background that robot.py makes, for a learner on another node of the cluster."""
 
-    absorbed = 0
+    absorbed = furthest = 0                                          # furthest: most updates of any learner so far
+    heard = False
 
     def __init__(self, args, task):
         self.demos = numbered(args.data) if Path(args.data).is_dir() else [Path(args.data)]
@@ -152,17 +172,23 @@ class Faraway:
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
         print(f"the learner works at {self.args.learner}, in runs/{self.job[-1]}: stage I first", flush=True)
+        since = time.monotonic()
         with Interrupt() as interrupt:
             while self.newest[0] == 0 and not interrupt.stop:
                 self.check()
                 time.sleep(PERIOD)
+                if not self.heard and time.monotonic() - since > TIMEOUT:
+                    since = float("inf")
+                    print("the learner has not begun within a minute: is another run's learner on that machine? This "
+                          "one waits for its end, or for Ctrl-C", file=sys.stderr, flush=True)
         return self.newest[0] > 0
 
     def wait(self):
         self.pull()
 
     def absorb(self, path):
-        self.paths.append(path)
+        if path not in self.paths:                                   # once is enough: _exchange() sees that it changed
+            self.paths.append(path)
 
     def pull(self):
         """Take newer weights if they have arrived. Returns their version."""
@@ -186,8 +212,8 @@ class Faraway:
                             f"python robot.py train --resume {self.args.run_dir}")
 
     def close(self):
-        """Let it save and end, at most a minute, and fetch what it saved."""
-        self.closing = True
+        """Let it save and end, and fetch what it saved; at most a minute for each of these."""
+        self.closing, told = True, "failed" in self.stats
         self.thread.join(TIMEOUT)
         try:
             self._exchange()                                         # episodes that are still to be sent
@@ -196,11 +222,14 @@ class Faraway:
             self._exchange()
         except (self.ray.exceptions.RayError, OSError) as error:
             self._tell(error)
+        if "failed" in self.stats and not told:                      # it could not save
+            print(f"the learner stopped: {self.stats['failed']}", file=sys.stderr)
         self.ray.kill(self.hub)
 
     def _start(self):
+        episodes = {path.name: digest(path) for path in numbered(self.folder / "episodes")}
         self.actor = self.ray.remote(Pupil).options(**self.options).remote()     # kept: what it has put ends with it
-        self.future, self.sent = self.actor.learn.remote(self.hub, *self.job), set()
+        self.future, self.sent = self.actor.learn.remote(self.hub, *self.job, episodes), set()
 
     def _follow(self):
         while not self.closing:
@@ -216,14 +245,21 @@ class Faraway:
         """The learner has ended: take what it left, then start another; Ray waits for a machine that can."""
         with contextlib.suppress(self.ray.exceptions.RayError):      # what went with it
             self._exchange()
+        if "failed" in self.stats:                                   # it has said that another would, too: see check()
+            return
         try:
             self.ray.get(self.future, timeout=TIMEOUT)
-        except self.ray.exceptions.RayTaskError as error:            # its own mistake: another one may make it again
-            self.failures, self.error = self.failures + 1, str(error.cause)
-            self._tell(error.cause)
+            self._count(EOFError("it ended although nobody had told it to"))
+        except self.ray.exceptions.RayTaskError as error:
+            self._count(error.cause)
         except self.ray.exceptions.RayError as error:
             self._tell(error)
         self._start()
+
+    def _count(self, error):
+        """Its own mistake: another one may make it again."""
+        self.failures, self.error = self.failures + 1, str(error)
+        self._tell(error)
 
     def _tell(self, error):
         if not self.silent:
@@ -234,6 +270,11 @@ class Faraway:
     def _exchange(self):
         """What the hub has for us, then what the learner lacks."""
         version, weights, note = self.ray.get(self.hub.pull.remote(self.newest[0], 0), timeout=TIMEOUT)
+        if note:                                                     # first: what it said counts, also where its
+            self.heard = True                                        # weights went with it
+            if (updates := note["stats"].get("updates", 0)) > self.furthest:     # not one that was only done again
+                self.furthest, self.failures = updates, 0
+            self.stats |= note["stats"]
         if weights:
             self.newest = version, np.array(self.ray.get(weights[0], timeout=TIMEOUT))
             if self.silent:
@@ -241,13 +282,11 @@ class Faraway:
                 print("the learner answers again", file=sys.stderr, flush=True)
         if not note:                                                 # it has not said anything yet
             return
-        if note["stats"].get("updates", 0) > self.stats.get("updates", 0):
-            self.failures = 0
-        self.stats |= note["stats"]
         if note["checkpoint"] and note["stamp"] != self.stamp:
             write(self.folder / "last.pt", np.array(self.ray.get(note["checkpoint"][0], timeout=TIMEOUT)))
             self.stamp = note["stamp"]
+        there = self.sent | set(note["have"])
         for path in list(self.paths):
-            if path.name not in self.sent and path.name not in note["have"]:
+            if (item := (path.name, digest(path))) not in there and item[1] is not None:     # None: deleted since
                 self.ray.get(self.hub.push.remote(path.name, read(path)), timeout=TIMEOUT)
-                self.sent.add(path.name)
+                self.sent.add(item)

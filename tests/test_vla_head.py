@@ -357,8 +357,14 @@ def test_lift_from_pictures_runs_and_resumes_exactly(tmp_path, monkeypatch, caps
     monkeypatch.setattr(vla_head.Learner, "clone", interrupted)
     vla_head.main([*line, "part", "--online-steps", "12"])                         # stopped within SFT
     assert "saved at step 3 of SFT; continue with --resume part" in capsys.readouterr().out
-    vla_head.main(["--resume", "part"])
+
+    def killed(*_):
+        raise ZeroDivisionError
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):         # after SFT, in its evaluation
+        patch.setattr(vla_head.Run, "evaluate", killed)
+        vla_head.main(["--resume", "part"])
     assert len(calls) == 4
+    vla_head.main(["--resume", "part"])
     vla_head.main(["--resume", "part", "--online-steps", "24"])
     assert len(calls) == 4
     whole, part = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "part"))
@@ -373,6 +379,9 @@ def test_lift_from_pictures_runs_and_resumes_exactly(tmp_path, monkeypatch, caps
 
     same(whole["learner"], part["learner"])
     same(whole["run"]["replay"], part["run"]["replay"])
+    rows = [[row for row in (tmp_path / name / "eval.csv").read_text().splitlines() if row.startswith("0,")]
+            for name in ("whole", "part")]
+    assert len(rows[0]) == 1 and rows[0] == rows[1]
     assert (tmp_path / "whole" / "curve.png").is_file() and not list((tmp_path / "whole").glob("best.pt"))
     assert max(path.stat().st_size for path in (tmp_path / "whole" / "backbone").iterdir()) > 400_000
     vla_head.main(["--eval", "part"])
