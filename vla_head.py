@@ -1,6 +1,6 @@
 """POCO on a vision-language-action policy: a flow action head on a frozen vision-language model (Sec. V-F, Table V).
 
-    python vla_head.py --task lift --preset cpu                # tiny random backbone: 7 minutes of one core's time
+    python vla_head.py --task lift --preset cpu                # tiny random backbone: 14 minutes, beside another run
     python vla_head.py --task lift --preset paper --backbone DIR      # Table V on real SmolVLM or PaliGemma weights
     from vla_head import Backbone, Learner, VLAFlowHead, INSTRUCTIONS               # the arm takes the head
 
@@ -407,12 +407,12 @@ class Run:
 
     def supervised(self, save) -> bool:
         """SFT: behaviour cloning of the demonstrations, before anything else is in the replay. False if interrupted."""
-        total, start = self.args.sft_steps, time.time()
+        total, start, stop = self.args.sft_steps, time.time(), False
         with Interrupt() as interrupt:
-            while self.cloned < total and not interrupt.stop:
+            while self.cloned < total and not stop:
                 stats = self.learner.clone(self.batch())
-                self.cloned += 1
-                if self.cloned % max(total // 5, 1) == 0 or self.cloned == total or interrupt.stop:
+                self.cloned, stop = self.cloned + 1, interrupt.stop              # read once: a signal may come later
+                if self.cloned % max(total // 5, 1) == 0 or self.cloned == total or stop:
                     self.learner.actor.load_state_dict(self.learner.policy.state_dict())
                     save()
                     print(f"SFT {self.cloned}/{total}: loss {stats['bc']:.3f}, {time.time() - start:.0f} s", flush=True)
@@ -486,9 +486,9 @@ def train(args, run: Run, book, report) -> bool:
                     run.evaluate(book, run.steps)
             if run.steps % args.log_every == 0:
                 report.write(run.steps, warmup=int(warmup), success=success, episodes=run.episodes)
-            if run.steps % args.save_every == 0 or last or interrupt.stop:
+            if (stop := interrupt.stop) or run.steps % args.save_every == 0 or last:
                 save(book, run, report)
-            if interrupt.stop and not last:
+            if stop and not last:
                 bar.write(f"saved at step {run.steps}; continue with --resume {book.folder}")
                 return False
     return True

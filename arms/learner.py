@@ -140,16 +140,17 @@ class Learner:
         steps = self.args.pretrain_steps
         every = max(steps // 10, 1)
         with Interrupt() as interrupt, Progress("stage I", steps, every, self.cloned, self.cloned, "steps") as bar:
-            while self.cloned < steps and not interrupt.stop:
+            stop = False
+            while self.cloned < steps and not stop:
                 batch = self.replay.sample(self.args.batch_size, self.generator)
                 loss, _ = m_step_loss(self.policy, self.policy.encode(batch.obs), batch.chunk, batch.valid, None, None,
                                       0.0, 0.0)
                 minimise(loss, self.cloning)
-                self.cloned += 1
+                self.cloned, stop = self.cloned + 1, interrupt.stop             # read once: a signal may come later
                 bar.update(self.cloned, self.cloned)
                 if self.cloned == steps:
                     self.actor.load_state_dict(self.policy.state_dict())
-                if self.cloned % every == 0 or interrupt.stop or self.cloned == steps:
+                if self.cloned % every == 0 or stop or self.cloned == steps:
                     save(self)
         return self.cloned >= steps
 

@@ -77,8 +77,7 @@ def parse(argv=None):
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {args.seeds}")
     for name in {"seed", "run_dir", "resume", "eval"}.intersection(names_of(flags)):
-        raise UserError(f"each run has its own --{name.replace('_', '-')}: leave it out (--seeds and --first-seed choose "
-                        "the seeds)")
+        raise UserError(f"each run has its own --{name.replace('_', '-')}: leave it out (seeds: --seeds, --first-seed)")
     args.title = args.task
     if args.ablation:
         if args.methods:

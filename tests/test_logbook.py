@@ -472,7 +472,7 @@ def test_several_runs_become_a_mean_and_a_band_over_seeds(tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["logbook", *map(str, folders)])
     main()
     assert capsys.readouterr().out == "curves.png\n" and len(colors(tmp_path / "curves.png")) > 20
-    can = Logbook.create(tmp_path / "elsewhere/lift-poco-s0", ARGS | {"task": "can"}, COLUMNS)     # no seed of the others
+    can = Logbook.create(tmp_path / "elsewhere/lift-poco-s0", ARGS | {"task": "can"}, COLUMNS)
     fill(can, 5)
     axes = Figure().add_subplot()
     _draw_runs(axes, [*folders, can.folder])

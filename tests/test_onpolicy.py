@@ -447,7 +447,7 @@ def test_a_run_resumed_is_bitwise_the_uninterrupted_run(start_of_runs, tmp_path)
     reinflow.main(["--resume", str(tmp_path / "parts"), "--online-steps", "60"])
     same(*(load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts")))
     arguments = (tmp_path / "parts/args.json").read_text()
-    for flags, told in ((["--num-envs", "3"], "with --num-envs 2"), (["--episode-limit", "2"], "--episode-limit 2 has")):
+    for flags, told in ((["--num-envs", "3"], "with --num-envs 2"), (["--episode-limit", "2"], "--episode-limit 2")):
         with pytest.raises(UserError, match=told):
             reinflow.main(["--resume", str(tmp_path / "parts"), "--online-steps", "90", *flags])
     assert (tmp_path / "parts/args.json").read_text() == arguments

@@ -358,7 +358,7 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
         "other networks": ([*start, "--hidden", "48"], "--hidden"),
         "another task": (["--resume", str(uninterrupted), "--task", "can"], "lift"),
         "resume another preset": (["--resume", str(uninterrupted), "--preset", "paper"], "begun with preset cpu"),
-        "resume with other rewards": (["--resume", str(uninterrupted), "--reward-offset", "-3"], "begun with reward_off"),
+        "resume with other rewards": (["--resume", str(uninterrupted), "--reward-offset", "-3"], "begun with reward"),
         "damaged arguments": (["--resume", str(damaged)], "args.json is damaged"),
         "a checkpoint of another stage": (["--resume", str(swapped)], "does not fit this run .*world"),
         "evaluated by another simulator": (["--eval", str(elsewhere)], "evaluation: .*recorded with robosuite 1.4"),
