@@ -280,14 +280,18 @@ def test_a_keypad_that_is_not_there_is_an_error_in_one_line(tmp_path):
 
 # ---- deadlines
 
+@pytest.mark.realtime
 def test_deadlines_are_absolute_and_missed_ones_are_counted_not_caught_up():
-    pace = Pace(realtime=True)
+    pace, waits = Pace(realtime=True), []
     pace.start()
     since = time.monotonic()
     for count in range(12):
-        time.sleep(0.15 if count == 4 else 0.01)                   # one slow period of more than two
+        time.sleep({4: 0.15, 8: 0.06}.get(count, 0.01))            # one that missed its deadline, one that nearly did
+        command = time.monotonic()
         pace.wait()
+        waits.append(time.monotonic() - command)
     elapsed = time.monotonic() - since
-    assert elapsed == pytest.approx(13 * PERIOD, abs=0.03)         # twelve periods and the one that was skipped
+    assert elapsed == pytest.approx(12 * PERIOD + 0.15 + 0.06, abs=0.03)
+    assert min(waits) > 0.04 and min(waits[4], waits[8]) > PERIOD - 0.001      # a whole period after a late command
     report = pace.report()
     assert report["overruns"] == 1 and report["period_max"] > 140 and abs(report["period_p50"] - 66.7) < 8
