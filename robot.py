@@ -38,6 +38,7 @@ from distributed.arm import Faraway
 from logbook import Interrupt, Logbook, UserError, cli, curve, fitting
 
 LATE = 1.0                                     # seconds after which what a policy made of a view is not executed
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)        # also counts while a laptop sleeps
 
 
 class Arm(Protocol):
@@ -77,6 +78,7 @@ class Rig:
         self.guard = self.rest = None
         self.fed, self.trips, self.armed, self.stopped, self.done = 0.0, 0, False, False, False
         self.told, self.failed, self.silent, self.looked, self.ending = False, False, 0, 0.0, None
+        self.lost, self.strayed = False, None
 
     def __enter__(self):
         try:
@@ -143,8 +145,14 @@ class Rig:
             return self.robot.get_observation()
 
     def _look(self, pictures=True):
-        self.looked = time.monotonic()
-        return self.senses.read(self, pictures)
+        """A View or None. The first one after a hole (lost views or commands, LATE) tells the guard where the arm is."""
+        before, self.looked = self.looked, time.clock_gettime(CLOCK)
+        hole = self.lost or (self.args.realtime and self.looked - before > LATE)
+        view, self.strayed = self.senses.read(self, pictures), None
+        if view is not None and hole and self.guard is not None:
+            self.strayed = self.guard.rejoin(view.joints)
+        self.lost = view is None
+        return view
 
     def move(self, goal, timeout, leaving=False):
         """
@@ -182,8 +190,12 @@ class Rig:
                 take.outcome = event
                 break
             requested, applied = self._command(act, view)
+            before = self.looked
             self.pace.wait()
             view = self._look()
+            if self.args.realtime and (away := self.looked - before) > LATE and applied is not None:
+                self.guard.counts["late"] += 1            # a stopped process, a laptop that slept: all has changed
+                applied, self.failed, self.senses.fault = None, True, f"this program stood still for {away:.1f} s"
             self._complain(view)
             if applied is None or view is None:
                 self.queue = []
@@ -208,9 +220,9 @@ class Rig:
         else:
             self.queue = self.queue or list(act(view.vector))
             requested = self.queue.pop(0)
-            if self.args.realtime and (age := time.monotonic() - self.looked) > LATE:      # a slow policy, a stopped
-                self._send(*self.guard.hold("late"))                                       # process: all has changed
-                self.senses.fault, self.failed = f"the policy took {age:.1f} s", True
+            if self.args.realtime and (age := time.clock_gettime(CLOCK) - self.looked) > LATE:       # all has changed
+                self._send(*self.guard.hold("late"))
+                self.senses.fault, self.failed, self.lost = f"the policy took {age:.1f} s", True, True
                 return None, None
         return requested, self._send(*self.guard.step(requested, view.joints))
 
@@ -252,24 +264,31 @@ class Rig:
         return action
 
     def _send(self, joints, gripper):
+        if self.failed and self.lost:       # where the arm is was not seen since: the target may be far from there
+            return None
         action = dict(zip(JOINTS, map(float, joints))) | {"gripper.pos": float(gripper)}
         with self.lock:
             self.fed = time.monotonic()
             try:
                 sent, self.failed = self.robot.send_action(action) or action, False
             except (OSError, RuntimeError) as error:
-                self.senses.fault, self.failed = f"a command did not reach the arm ({error})", True
+                self.senses.fault, self.failed, self.lost = f"a command did not reach the arm ({error})", True, True
                 return None
             return self.guard.sent([sent.get(name, action[name]) for name in JOINTS], sent.get("gripper.pos", gripper))
 
     def _complain(self, view):
-        """Say once what is wrong; give up after five seconds. A lost keypad ends the session."""
+        """Say once what is wrong; give up after five seconds. A lost keypad and a carried-off arm end the session."""
         lost = view is None or self.failed
         if lost and not self.told:
             warn(f"HOLDING: {self.senses.fault}")
         self.told, self.silent = lost, self.silent + 1 if lost else 0
         if self.silent > 5 / PERIOD:
             raise UserError(f"{self.senses.fault}, for five seconds: check power and cables, then --resume")
+        if self.strayed:
+            self.stopped = True
+            raise UserError(f"the arm was moved outside its limits ({self.strayed}) while nothing was heard of it or it "
+                            "did not obey: it holds where it is, the running episode is dropped; move it inside by "
+                            "hand, then --resume")
         if self.keypad.gone:
             self.stopped = True
             raise UserError("the keypad is gone (terminal closed or device unplugged): the arm holds where it is, the "
@@ -292,7 +311,8 @@ class Rig:
     def _watch(self):
         while not self.done:
             time.sleep(PERIOD)
-            if self.armed and time.monotonic() - self.fed > 3 * PERIOD and self.lock.acquire(timeout=PERIOD):
+            silent = time.monotonic() - self.fed > 3 * PERIOD
+            if self.armed and silent and not self.failed and self.lock.acquire(timeout=PERIOD):
                 try:
                     self.trips += 1
                     action = dict(zip(JOINTS, self.guard.joints)) | {"gripper.pos": self.guard.gripper}

@@ -36,3 +36,80 @@ def test_after_a_slow_policy_a_whole_period_follows_every_command(seconds):
     places = np.array(take.pieces[0]["obs"])[:, 7:10]
     moved = np.linalg.norm(np.diff(places, axis=0), axis=1)
     assert moved[4:].min() > 0.004, moved                           # metres: what a command did is in the next view
+
+
+@pytest.mark.realtime
+def test_after_a_stop_of_the_process_nothing_of_the_old_chunk_runs(capfd):
+    """It is stopped while it waits for a deadline, where no policy is late."""
+    rig, arm = plain(Person(space), realtime=True)
+    calls = []
+
+    def act(obs):
+        calls.append(time.monotonic())
+        if len(calls) == 2:
+            script = f"sleep 0.03; kill -STOP {os.getpid()}; sleep {LATE + 0.5}; kill -CONT {os.getpid()}"
+            subprocess.Popen(["sh", "-c", script])
+        return ahead(obs)
+    with rig:
+        moments = clocked(rig)
+        take = rig.episode(act, 0)
+    second = [moment - calls[1] for moment in moments if calls[1] <= moment < calls[2]]
+    assert calls[2] - calls[1] > LATE and len(second) == 1 and second[0] < LATE
+    assert take.dropped == 1 and [len(piece["action"]) for piece in take.pieces] == [4, 6]
+    assert "HOLDING: this program stood still for 1." in capfd.readouterr().err and rig.guard.counts["late"] == 1
+
+
+class Carried:
+    """Makes a plain arm deaf and blind, as in its teach mode, while somebody turns its first joint by so many rad."""
+
+    def __init__(self, arm, turn):
+        self.arm, self.turn, self.asked = arm, turn, 0
+        self.get, self.send, self.away = arm.get_observation, arm.send_action, False
+        arm.get_observation, arm.send_action = self.see, self.obey
+
+    def see(self):
+        if self.away:
+            raise RuntimeError("it is in teach mode")
+        return self.get()
+
+    def obey(self, action):
+        if self.away:
+            raise RuntimeError("it is in teach mode")
+        return self.send(action)
+
+    def act(self, obs):
+        """One step at a time; at the fifth it is carried away, and comes back between a look and the next command."""
+        self.asked += 1
+        self.away = self.asked == 5
+        return ahead(obs)[:1]
+
+    def back(self, rig):
+        send, looks = rig._send, []
+
+        def later(*target):
+            looks.append(self.away)
+            if sum(looks) == 4:
+                inner = self.arm.inner
+                inner._data.qpos[0] += self.turn
+                inner._target[0] += self.turn
+                inner._mujoco.mj_forward(inner._model, inner._data)
+                self.away = False
+            return send(*target)
+        rig._send = later
+
+
+@pytest.mark.parametrize("turn, outside", [(0.2, False), (1.0, True)])
+def test_where_the_arm_was_carried_it_stays_until_it_is_seen_and_goes_on_from_there(turn, outside, capfd):
+    rig, arm = plain(Person(space))
+    carried = Carried(arm, turn)
+    with pytest.raises(UserError, match="moved outside its limits .box.*holds where it is") if outside else \
+            contextlib.nullcontext(), rig:
+        carried.back(rig)
+        take = rig.episode(carried.act, 0)
+        assert [len(piece["action"]) for piece in take.pieces] == [4, 6] and rig.guard.counts["rejoined"] == 1
+        rig.stopped = True
+    sent = np.array(arm.sent)
+    leap = np.abs(np.diff(sent, axis=0)).max(0)
+    assert leap[0] == pytest.approx(turn, abs=0.05)                 # to where it is, not back to where it was
+    assert np.count_nonzero(np.abs(np.diff(sent[:, 0])) > 0.1) == 1 and abs(sent[-1, 0] - turn) < 0.1
+    assert "HOLDING" in capfd.readouterr().err
