@@ -335,15 +335,18 @@ COLUMNS = ("success", "reward", "length", "dropped", "interventions", "guarded",
 
 
 @contextlib.contextmanager
-def deaf_to_hangup():
-    """A closed terminal is a lost keypad, on which the arm holds, and no reason to die with the arm in motion."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if main else None
+def awake():
+    """
+    A closed terminal is a lost keypad, on which the arm holds, and no reason to die with the arm in motion. Nor may
+    Ctrl-Z or Ctrl-\\ leave it under power with nobody watching: a shell also changes the terminal, and keys die.
+    """
+    numbers = (signal.SIGHUP, signal.SIGTSTP, signal.SIGQUIT) * (threading.current_thread() is threading.main_thread())
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -356,7 +359,7 @@ def session(args):
     if args.keypad == "none" and not (auto and hasattr(robot, "reset")):
         raise UserError("--keypad none is for a simulated arm: somebody has to place the object and to stop this one")
     pad = "none" if auto else args.keypad.replace("auto", "terminal")
-    with deaf_to_hangup(), Interrupt() as interrupt, open_keypad(pad) as keypad:
+    with awake(), Interrupt() as interrupt, open_keypad(pad) as keypad:
         print("labels come from the simulation" if auto else HELP)
         try:
             yield Rig(args, robot, senses, keypad, teleop, interrupt, auto)

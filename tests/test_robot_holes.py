@@ -2,6 +2,7 @@
 import contextlib
 import os
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from arms.senses import PERIOD
 from logbook import UserError
 from robot import LATE
-from test_robot_care import Person, ahead, plain, space
+from test_robot_care import ROOT, TOY, Person, ahead, plain, space
 
 
 def clocked(rig):
@@ -113,3 +114,17 @@ def test_where_the_arm_was_carried_it_stays_until_it_is_seen_and_goes_on_from_th
     assert leap[0] == pytest.approx(turn, abs=0.05)                 # to where it is, not back to where it was
     assert np.count_nonzero(np.abs(np.diff(sent[:, 0])) > 0.1) == 1 and abs(sent[-1, 0] - turn) < 0.1
     assert "HOLDING" in capfd.readouterr().err
+
+
+def test_no_key_suspends_or_kills_the_program_while_the_arm_is_under_power():
+    """What Ctrl-Z and Ctrl-\\ send; in a process group of its own, where a suspension would work."""
+    code = ("import os, robot, signal\nfrom arms.settings import parse\n"
+            f"with robot.session(parse(['record', *{TOY!r}], '')):\n"
+            "    for number in (signal.SIGTSTP, signal.SIGQUIT): os.kill(os.getpid(), number)\n"
+            "print('awake', signal.getsignal(signal.SIGTSTP) == signal.getsignal(signal.SIGQUIT) == signal.SIG_DFL)")
+    process = subprocess.Popen([sys.executable, "-c", code], process_group=0, text=True, stdout=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        assert "awake True" in process.communicate(timeout=30)[0]
+    finally:
+        process.kill()
