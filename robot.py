@@ -145,7 +145,7 @@ class Rig:
             return self.robot.get_observation()
 
     def _look(self, pictures=True):
-        """A View or None. The first one after a hole (lost views or commands, LATE) tells the guard where the arm is."""
+        """A View or None. The first after a hole (lost views or commands, LATE) tells the guard where the arm is."""
         before, self.looked = self.looked, time.clock_gettime(CLOCK)
         hole = self.lost or (self.args.realtime and self.looked - before > LATE)
         view, self.strayed = self.senses.read(self, pictures), None
@@ -212,7 +212,7 @@ class Rig:
 
     def _command(self, act, view):
         """One command from the newest view: (what was asked for, what really ran), or Nones where it had to hold."""
-        if view is None or (self.human and self.teleop is None):
+        if view is None or (self.teleop if self.human else act) is None:     # nobody leads: a pause
             self._send(*self.guard.hold("stale" if view is None else "paused"))
             return None, None
         if self.human:
@@ -286,9 +286,9 @@ class Rig:
             raise UserError(f"{self.senses.fault}, for five seconds: check power and cables, then --resume")
         if self.strayed:
             self.stopped = True
-            raise UserError(f"the arm was moved outside its limits ({self.strayed}) while nothing was heard of it or it "
-                            "did not obey: it holds where it is, the running episode is dropped; move it inside by "
-                            "hand, then --resume")
+            raise UserError(f"the arm was moved outside its limits ({self.strayed}) while nothing was heard of it or "
+                            "it did not obey: it holds where it is, the running episode is dropped; move it inside "
+                            "by hand, then --resume")
         if self.keypad.gone:
             self.stopped = True
             raise UserError("the keypad is gone (terminal closed or device unplugged): the arm holds where it is, the "
@@ -428,6 +428,8 @@ def train(args):
 def play(args, rig, task, learner, book, steps, recent):
     """The interaction half of Algorithm 1: every episode is on disk and announced before the next one begins."""
     learner.wait()
+    if rig.interrupt.stop:                                   # the arm has no power yet, and gets none
+        return
     with rig:
         while len(recent) < args.episodes:
             (number, path), version = following(Path(args.run_dir) / "episodes"), learner.pull()
@@ -456,8 +458,8 @@ def evaluate(args):
     with session(args) as rig:
         acting, updates, steps = trained(args, layout(args.task, rig.senses.sizes))
         print(f"policy {acting.fingerprint()} after {updates} updates, acting from the {args.act}")
-        with rig:
-            while len(rows) < args.episodes:
+        with contextlib.nullcontext() if rig.interrupt.stop else rig:        # who stops it now wants no motion
+            while len(rows) < args.episodes and not rig.interrupt.stop:
                 seed, rng = args.seed_of(len(rows)), np.random.default_rng([args.seed, 2, len(rows)])
                 take = rig.episode(lambda obs: acting(obs, rng), seed)
                 if take.outcome in ("quit", "stop"):

@@ -105,8 +105,8 @@ class Guard:
             return *self.hold("stale"), False
         if np.abs(self.joints - measured).max() > 0.2:               # wait where the measured arm does not follow
             return *self.hold("leash"), False
-        limit = speed * self.max_joint_step
-        target = self.joints + np.clip(goal - self.joints, -limit, limit)
+        change, limit = goal - self.joints, speed * self.max_joint_step
+        target = self.joints + change * min(1.0, limit / max(np.abs(change).max(), 1e-9))
         return np.clip(target, self.low, self.high), self._grip(gripper), bool(np.allclose(target, goal, atol=1e-6))
 
     def hold(self, why):

@@ -209,6 +209,16 @@ def test_sliding_is_slow_arrives_and_waits_for_an_arm_that_does_not_follow():
     assert not guard.slide(HOME, 0.02, goal + 0.5)[2] and np.allclose(guard.slide(HOME, 0.02, goal + 0.5)[0], goal)
 
 
+def test_sliding_is_a_straight_line_of_all_joints():
+    """Not the quick ones first: the place in between is nowhere that anybody looked at."""
+    guard, goal, arrived = make_guard(), HOME + [0.6, 0, 0, 0, 0.1, -0.3], False
+    while not arrived:
+        target, gripper, arrived = guard.slide(goal, 0.02, guard.joints)
+        guard.sent(target, gripper)
+        share = (target - HOME)[0] / 0.6
+        np.testing.assert_allclose(target - HOME, share * (goal - HOME), atol=1e-9)
+
+
 # ---- the keypad
 
 @pytest.fixture

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from arms.senses import PERIOD
+from arms.teleop import ScriptedExpert
 from logbook import UserError
+import robot
 from robot import LATE
 from test_robot_care import ROOT, TOY, Person, ahead, plain, space
 
@@ -128,3 +130,38 @@ def test_no_key_suspends_or_kills_the_program_while_the_arm_is_under_power():
         assert "awake True" in process.communicate(timeout=30)[0]
     finally:
         process.kill()
+
+
+def test_a_pause_while_recording_holds_and_goes_on_smoothly():
+    """Nobody but the operator leads there, so without them nobody does."""
+    person = Person(space, [None] * 3 + ["pause"] + [None] * 4 + ["pause"])
+    rig, arm = plain(person)
+    rig.teleop = ScriptedExpert(arm.inner)
+    with rig:
+        before = len(arm.sent)
+        take = rig.episode(None, 0)
+        sent, rig.stopped = np.array(arm.sent[before:]), True
+    assert [len(piece["action"]) for piece in take.pieces] == [2, 8] and take.dropped == 5 and take.interventions == 10
+    assert np.ptp(sent[-14:-8], axis=0).max() == 0 and np.ptp(sent[-8:], axis=0).max() > 0
+    asked = np.abs(np.array(take.pieces[1]["requested"])[:, :6]).max(1)
+    assert (asked <= (np.arange(8) + 1) * PERIOD + 1e-6).all()
+
+
+@pytest.mark.parametrize("role", ["train", "eval"])
+def test_who_stops_it_before_the_arm_has_power_sees_no_motion(role, tmp_path, monkeypatch):
+    where = ["--data", str(tmp_path / "demos"), "--run-dir", str(tmp_path / "run")]
+    robot.main(["record", *TOY, "--episodes", "1", *where])
+    robot.main(["train", *TOY, "--episodes", "1", "--episode-limit", "5", *where])
+    connected, slow = [], {"train": "layout", "eval": "trained"}[role]
+    monkeypatch.setattr(robot.Rig, "__enter__", lambda rig: connected.append(rig))
+    session = robot.session
+
+    @contextlib.contextmanager
+    def stopped(args):
+        with session(args) as rig:
+            meanwhile = getattr(robot, slow)
+            monkeypatch.setattr(robot, slow, lambda *given: setattr(rig.interrupt, "stop", True) or meanwhile(*given))
+            yield rig
+    monkeypatch.setattr(robot, "session", stopped)
+    command = {"train": ["train", "--resume", str(tmp_path / "run"), "--episodes", "2"], "eval": ["eval", *where[2:]]}
+    assert not robot.main(command[role]) and not connected
