@@ -33,7 +33,7 @@ from arms.keypad import HELP, open_keypad
 from arms.kinematics import Kinematics
 from arms.learner import STATS, Background, Learner, trained
 from arms.senses import JOINTS, PERIOD, Pace, Senses
-from arms.settings import open_arm, open_eyes, parse
+from arms.settings import open_arm, open_eyes, parse, recall, remember
 from distributed.arm import Faraway
 from logbook import Interrupt, Logbook, UserError, cli, curve, fitting
 
@@ -113,31 +113,60 @@ class Rig:
             self.robot.disconnect(**release)
 
     def _prepare(self, view):
-        args, (place, turned) = self.args, self.senses.kinematics.fk(view.joints)
+        args, home, kinematics = self.args, self._known_home(view), self.senses.kinematics
+        place, turned = kinematics.fk(view.joints if home is None else home)
         size = np.array(args.box_size) / 100
         center = np.array(args.box_center) / 100 if args.box_center else place - [0, 0, size[2] / 2 - 0.02]
         box = np.array([center - size / 2, center + size / 2])
         if args.box_from_demos:
             box = reach(numbered(args.data)) + [[-0.02], [0.02]]
-        self.guard = Guard(self.senses.kinematics, box, turned[:, 2], cone=np.radians(args.cone),
+        self.guard = Guard(kinematics, box, turned[:, 2], cone=np.radians(args.cone),
                            max_step=args.max_step / 100, max_turn=np.radians(args.max_turn),
                            max_joint_speed=np.radians(args.max_joint_speed), leash=args.leash / 100)
-        low, high = np.round(box * 100, 1)
-        print(f"box {low} to {high} cm, tool at {np.round(place * 100, 1)} cm, at most {args.max_step} cm and "
-              f"{args.max_turn} degrees per period")
+        low, high, tool = np.round(100 * np.array([*box, kinematics.fk(view.joints)[0]]), 1)
+        print(f"box {low} to {high} cm, tool at {tool} cm, at most {args.max_step} cm and {args.max_turn} degrees per "
+              "period")
+        if home is not None and (wrong := self.guard.outside(home)):
+            raise UserError(f"the start of earlier sessions, --home {' '.join(f'{one:.1f}' for one in args.home)}, is "
+                            f"outside the limits ({wrong}): name the box it belongs to, or another --home")
         self.rest = np.asarray(getattr(self.robot, "rest", view.joints), float)
+        self._enter_box(view, home)
+        self.home = self.guard.joints.copy() if home is None else home
+        if not hasattr(self.robot, "reset"):                # later sessions begin at the rest pose, which tells nothing
+            args.box_center = args.box_center or tuple(map(float, 100 * center))
+            args.home = tuple(map(float, np.degrees(self.home)))
+
+    def _known_home(self, view):
+        """Joints (6,) where episodes start, as args or an earlier session say; None: where the arm is now."""
+        args = self.args
+        if hasattr(self.robot, "reset"):
+            return None
+        recall(args)
+        if args.home is not None:
+            return np.clip(np.radians(args.home), *np.asarray(self.senses.kinematics.limits).T)
+        resting = hasattr(self.robot, "rest") and np.abs(view.joints - np.asarray(self.robot.rest)).max() < 0.1
+        if resting and (args.recover or not (args.box_center or args.box_from_demos)):
+            raise UserError("the arm is at its rest pose, and no earlier session with this --data says where it works "
+                            "and which way its tool points there: move it by hand to where it works, or give "
+                            "--box-center X Y Z in cm and --home, six joints in degrees")
+        return None
+
+    def _enter_box(self, view, home):
+        """The guard's first target: where the arm is or, with --recover, home or the middle of the box."""
         try:
             self.guard.start(view.joints, view.gripper)
         except UserError:
             self.guard.joints, self.guard.gripper = np.clip(view.joints, self.guard.low, self.guard.high), view.gripper
-            if not args.recover or np.abs(self.guard.joints - view.joints).max() > 0.05:     # a wrong zero lies about
-                raise                                                                         # where the tool is
-            goal, missing, _ = self.senses.kinematics.ik(box.mean(0), turned, view.joints)
+            if not self.args.recover or np.abs(self.guard.joints - view.joints).max() > 0.05:  # a wrong zero lies
+                raise                                                                          # about where the tool is
+            goal, missing, where = home, 0.0, "start"
+            if home is None:
+                middle, turned = self.guard.box.mean(0), self.senses.kinematics.fk(view.joints)[1]
+                (goal, missing, _), where = self.senses.kinematics.ik(middle, turned, view.joints), "middle of the box"
             if missing > 0.01 or not self.move(goal, timeout=60):
                 why = "cannot" if missing > 0.01 else "did not"
-                raise UserError(f"the arm {why} reach the middle of the box: move it there by hand") from None
+                raise UserError(f"the arm {why} reach the {where}: move it there by hand") from None
             self.guard.start((view := self._fresh()).joints, view.gripper)
-        self.home = self.guard.joints.copy()
 
     def get_observation(self):
         """The driver's, which need not bear a command of the watchdog meanwhile."""
@@ -374,6 +403,7 @@ def record(args):
     with session(args) as rig:
         task = layout(args.task, rig.senses.sizes)
         with rig:
+            remember(args)
             number, (tried, _) = len(numbered(folder)), following(folder)
             while number < args.episodes:
                 take = rig.episode(None, args.seed_of(tried))
@@ -431,6 +461,8 @@ def play(args, rig, task, learner, book, steps, recent):
     if rig.interrupt.stop:                                   # the arm has no power yet, and gets none
         return
     with rig:
+        remember(args)
+        book.amend(dataclasses.asdict(args))
         while len(recent) < args.episodes:
             (number, path), version = following(Path(args.run_dir) / "episodes"), learner.pull()
             rng, acting = np.random.default_rng([args.seed, 1, number]), learner.acting()

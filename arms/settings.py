@@ -9,8 +9,9 @@ Not here: what the values do (robot.py: arm and episodes; learner.py: stages I a
 """
 import argparse
 import importlib
+import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ import torch
 import tyro
 
 import arms
-from logbook import UserError, check_numbers, read_args, usable_device
+from logbook import UserError, check_numbers, read_args, replacing, usable_device
 
 # Table III: episode limit and box (cm). Table V: the last two, on a vision-language backbone; sizes of its head: ours.
 VLA = dict(episode_limit=200, box_size=(40, 40, 40), horizon=10, batch_size=64, online_learning_rate=5e-5,
@@ -63,7 +64,8 @@ class Args:
     instruction: str | None = None    # what the model is told; default: the task's own words
     channels: int = 256               # width of the head on it (ours)
     blocks: int = 6                   # transformer blocks of the head (ours)
-    box_center: tuple[float, float, float] | None = None  # cm, in the arm's base frame; default: where the tool starts
+    box_center: tuple[float, float, float] | None = None  # cm, in the arm's base frame; default: around the start
+    home: tuple[float, ...] | None = None  # degrees of the joints at every start; default: as in the first session
     box_size: tuple[float, float, float] = (40, 40, 30)  # cm (Table III)
     box_from_demos: bool = False      # the box of the recorded episodes and 2 cm around it
     cone: float = 30.0                # degrees between the tool's axis and where it pointed at the start (ours)
@@ -131,6 +133,8 @@ def parse(argv, description):
         default = Args(task=task, preset=preset, **TASKS[task] | PRESETS[preset] | small)
     args = tyro.cli(Args, args=argv, default=default, description=description)
     args.preset = default.preset if args.preset == "auto" else args.preset     # what auto came to
+    if args.box_center != default.box_center and args.home == default.home:
+        args.home = None                                     # the start of another box
     check_numbers(args, LEAST)
     if args.role == "train" and args.learner is None:        # it learns here
         usable_device(args.device, mps=False)
@@ -140,6 +144,8 @@ def parse(argv, description):
         raise UserError(f"--box-size is three lengths in cm, got {' '.join(map(str, args.box_size))}")
     if not all(map(math.isfinite, args.box_center or ())):
         raise UserError(f"--box-center is a place in cm, got {' '.join(map(str, args.box_center))}")
+    if args.home is not None and not (len(args.home) == 6 and all(map(math.isfinite, args.home))):
+        raise UserError(f"--home is six joints in degrees, got {' '.join(map(str, args.home))}")
     if not args.realtime and args.robot != "sim":
         raise UserError(f"--no-realtime is for the simulated arm: {args.robot} cannot wait for the learner")
     if args.backbone is not None and args.observe == "state":
@@ -183,6 +189,31 @@ def open_arm(args):
     if args.role == "record" and teleop is None:
         raise UserError("recording needs someone to tele-operate: --teleop package.module:Class")
     return robot, teleop
+
+
+def _place(args):
+    data = Path(args.data)
+    return (data.with_suffix("") if data.suffix == ".hdf5" else data) / "args.json"
+
+
+def recall(args):
+    """Where this arm worked in an earlier session with this data: box_center and home, where args names no other."""
+    stored = read_args(_place(args).parent) if _place(args).exists() else {}
+    center, home = stored.get("box_center"), stored.get("home")
+    if stored.get("robot") != args.robot or not center or not home:
+        return
+    if args.box_center is None or list(args.box_center) == center:
+        args.box_center, args.home = tuple(center), args.home or tuple(home)
+
+
+def remember(args):
+    """For later sessions, beside the recorded episodes: what a recording or else the first training works with."""
+    path = _place(args)
+    if args.home is None or (args.role != "record" and (path.exists() or not path.parent.is_dir())):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(json.dumps({"args": asdict(args)}, indent=1).encode())
 
 
 def open_eyes(args, cameras):
