@@ -33,7 +33,7 @@ from arms.keypad import HELP, open_keypad
 from arms.kinematics import Kinematics
 from arms.learner import STATS, Background, Learner, trained
 from arms.senses import JOINTS, PERIOD, Pace, Senses
-from arms.settings import open_arm, open_eyes, parse, recall, remember
+from arms.settings import open_arm, open_eyes, parse, recall, remember, writing
 from distributed.arm import Faraway
 from logbook import Interrupt, Logbook, UserError, cli, curve, fitting
 
@@ -45,9 +45,9 @@ class Arm(Protocol):
     """What a driver offers: the ten members of every LeRobot robot; lerobot itself is never imported.
 
     Action keys joint_1.pos .. joint_6.pos (rad) and gripper.pos (m). An observation has the same, `stamp`
-    (time.monotonic() of the measurement) and cameras as HWC uint8 arrays, each with NAME.stamp if it can. Optional:
-    reset(seed) and success() of a simulated arm, object.* floats, rest (6,) joints, kinematics. disconnect must not
-    let the arm fall.
+    (time.monotonic() of the measurement; without one the reading counts as fresh, and an arm that froze is not noticed)
+    and cameras as HWC uint8 arrays, each with NAME.stamp if it can. Optional: reset(seed) and success() of a simulated
+    arm, object.* floats, rest (6,) joints, kinematics, disconnect(release). disconnect must not let the arm fall.
     """
 
     observation_features: dict[str, Any]       # NAME: float, or (height, width, 3) of a camera
@@ -119,7 +119,7 @@ class Rig:
         center = np.array(args.box_center) / 100 if args.box_center else place - [0, 0, size[2] / 2 - 0.02]
         box = np.array([center - size / 2, center + size / 2])
         if args.box_from_demos:
-            box = reach(numbered(args.data)) + [[-0.02], [0.02]]
+            box = reach([args.data] if Path(args.data).is_file() else numbered(args.data)) + [[-0.02], [0.02]]
         self.guard = Guard(kinematics, box, turned[:, 2], cone=np.radians(args.cone),
                            max_step=args.max_step / 100, max_turn=np.radians(args.max_turn),
                            max_joint_speed=np.radians(args.max_joint_speed), leash=args.leash / 100)
@@ -285,9 +285,9 @@ class Rig:
         """The operator's action; within the first second after a take-over the arm slides towards the operator."""
         try:
             goal = self.teleop.get_action()
-        except (OSError, RuntimeError) as error:
+            action = self.guard.towards([goal[name] for name in JOINTS], goal["gripper.pos"])
+        except (OSError, RuntimeError, KeyError) as error:
             raise UserError(f"the operator's arm is lost, the running episode dropped: {error}") from error
-        action = self.guard.towards([goal[name] for name in JOINTS], goal["gripper.pos"])
         self.since += 1
         action[:6] *= min(1.0, self.since * PERIOD / max(np.abs(action[:6]).max(), 1e-9))
         return action
@@ -326,6 +326,7 @@ class Rig:
     def _label(self, take):
         """Ask once for the label of an episode that ran out of time."""
         if take.outcome == "timeout" and not self.auto:
+            self.keypad.forget()
             print("time is up, no label: s success, f fail, d discard? (10 s; otherwise no success)")
             take.outcome = {None: "timeout", "pause": "timeout"}.get(event := self.keypad.wait(10), event)
         self._heed(take.outcome)
@@ -387,7 +388,7 @@ def session(args):
     auto = hasattr(robot, "success") and args.keypad in ("auto", "none")
     if args.keypad == "none" and not (auto and hasattr(robot, "reset")):
         raise UserError("--keypad none is for a simulated arm: somebody has to place the object and to stop this one")
-    pad = "none" if auto else args.keypad.replace("auto", "terminal")
+    pad = "none" if auto else "terminal" if args.keypad == "auto" else args.keypad
     with awake(), Interrupt() as interrupt, open_keypad(pad) as keypad:
         print("labels come from the simulation" if auto else HELP)
         try:
@@ -395,6 +396,15 @@ def session(args):
         finally:
             with contextlib.suppress(Exception):                             # the arm itself has been let go by now
                 getattr(teleop, "disconnect", lambda: None)()
+
+
+def save(take, path, task, seed):
+    """Take -> its file; False, and said, where it has no step to keep."""
+    with writing(path):
+        kept = take.save(path, task, take.outcome == "success", seed)
+    if not kept:
+        print("no step was played, so nothing is kept")
+    return kept
 
 
 def record(args):
@@ -410,13 +420,14 @@ def record(args):
                 tried += 1
                 if take.outcome in ("quit", "stop"):
                     break
-                if take.outcome == "success":
-                    take.save(following(folder)[1], task, True, args.seed_of(tried - 1))
+                if take.outcome == "success" and save(take, following(folder)[1], task, args.seed_of(tried - 1)):
                     number += 1
                 print(f"{take.outcome} after {take.steps} steps: {number} of {args.episodes} recorded, {tried} tried, "
                       f"{rig.status()}")
     if files := numbered(folder):
-        print(f"{merge(files, folder.with_suffix('.hdf5'))}; next: python robot.py train --task {args.task}")
+        with writing(whole := folder.with_suffix(".hdf5")):
+            merge(files, whole)
+        print(f"{whole}; next: python robot.py train --task {args.task}")
 
 
 def train(args):
@@ -469,10 +480,9 @@ def play(args, rig, task, learner, book, steps, recent):
             take = rig.episode(lambda obs: acting(obs, rng), args.seed_of(number))
             if take.outcome in ("quit", "stop"):
                 break
-            won = take.outcome == "success"
-            if take.outcome == "discard" or not take.save(path, task, won, args.seed_of(number)):
+            if take.outcome == "discard" or not save(take, path, task, args.seed_of(number)):
                 continue
-            recent.append(float(won))
+            recent.append(float(take.outcome == "success"))
             learner.absorb(path)
             learner.check()
             steps, last = steps + take.steps, recent[-20:]

@@ -109,8 +109,13 @@ class Senses:
         return View(vector, joints, gripper) if np.isfinite(vector).all() else self._lost("a value is not finite")
 
     def _age(self, name, raw):
-        """Seconds since this source last said something new; a camera without a stamp is judged by its pixels."""
-        stamp = raw["stamp"] if name == "stamp" else raw.get(f"{name}.stamp")
+        """
+        Seconds since this source last said something new. A camera without a stamp is judged by its pixels; an arm
+        without one, as LeRobot's have none, is as fresh as its reading: standing still it shows the same numbers.
+        """
+        stamp = raw.get("stamp" if name == "stamp" else f"{name}.stamp")
+        if name == "stamp" and stamp is None:
+            return 0.0
         if stamp is not None and not np.isfinite(stamp):
             return np.inf                             # equal to nothing, it would look new for ever
         mark = zlib.crc32(np.ascontiguousarray(raw[name])) if stamp is None else stamp

@@ -8,7 +8,9 @@ The paper leaves open where the box is, limits of orientation and speed, what en
 Not here: what the values do (robot.py: arm and episodes; learner.py: stages I and II).
 """
 import argparse
+import contextlib
 import importlib
+import inspect
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +22,8 @@ import tyro
 
 import arms
 from logbook import UserError, check_numbers, read_args, replacing, usable_device
+
+from .senses import JOINTS
 
 # Table III: episode limit and box (cm). Table V: the last two, on a vision-language backbone; sizes of its head: ours.
 VLA = dict(episode_limit=200, box_size=(40, 40, 40), horizon=10, batch_size=64, online_learning_rate=5e-5,
@@ -118,12 +122,13 @@ def parse(argv, description):
         first.add_argument(*names)                                             # this task; tyro takes both spellings
     given = first.parse_known_args(argv)[0]
     task, folder = given.task or Args.task, given.resume
-    if argv[:1] == ["eval"]:                                                   # tested as it was trained
-        folder = given.run_dir or f"runs/{task}-robot-s{given.seed or 0}"
+    tests = argv[:1] == ["eval"]
+    if tests:                                                                  # as it was trained
+        folder = given.resume or given.run_dir or f"runs/{task}-robot-s{given.seed or 0}"
     if folder is not None:
         names = {field.name for field in fields(Args)}
         known = {name: value for name, value in read_args(folder, method="robot").items() if name in names}
-        known |= {"role": "train"} if given.resume else {"role": "eval", "episodes": 0, "run_dir": folder}
+        known |= {"role": "eval", "episodes": 0, "run_dir": folder} if tests else {"role": "train"}
         default = Args(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
     else:
         if task not in TASKS:
@@ -152,8 +157,9 @@ def parse(argv, description):
         raise UserError(f"--observe state: {args.task} is seen by a vision-language backbone, which needs pictures")
     args.observe = "vision" if args.backbone is not None else args.observe
     args.data = args.data or f"data/{args.task}-{args.robot.rpartition(':')[2]}"
-    if args.role == "record" and Path(args.data).is_file():
-        raise UserError(f"--data {args.data} is a file: record writes one file per episode into a folder")
+    if args.role == "record" and (Path(args.data).is_file() or Path(args.data).suffix == ".hdf5"):
+        raise UserError(f"--data {args.data} is a file: record writes one file per episode into a folder, and then one "
+                        "of all beside it, FOLDER.hdf5")
     args.run_dir = args.resume or args.run_dir or f"runs/{args.task}-robot-s{args.seed}"
     record = 30 if args.preset == "cpu" else DEMONSTRATIONS[args.task]
     args.episodes = args.episodes or {"record": record, "train": 200, "eval": 20}[args.role]
@@ -175,6 +181,8 @@ def open_arm(args):
         if args.task not in ("pick-cube", "insert-usb"):
             print(f"the simulated arm has a cube and a peg with its socket: {args.task} is played with the {task}")
     robot, teleop = arms.make(args.robot, **options), None
+    if args.release and "release" not in inspect.signature(robot.disconnect).parameters:
+        raise UserError(f"--release: the driver of {args.robot} cannot cut the motors' power (piper's can)")
     if args.teleop is not None:
         module, _, name = args.teleop.partition(":")
         try:
@@ -183,12 +191,24 @@ def open_arm(args):
         except (ImportError, AttributeError, ValueError, TypeError, OSError) as error:
             raise UserError(f"--teleop {args.teleop}: {error}; it is package.module:Class, made without arguments, "
                             "that connects") from error
+        _check_keys(args.teleop, teleop)
     elif args.robot == "sim":
         from .teleop import ScriptedExpert
         teleop = ScriptedExpert(robot, seed=args.seed)
     if args.role == "record" and teleop is None:
         raise UserError("recording needs someone to tele-operate: --teleop package.module:Class")
     return robot, teleop
+
+
+def _check_keys(name, teleop):
+    """UserError, before anything moves, for an operator of another kind; one that is silent now is not judged yet."""
+    keys = getattr(teleop, "action_features", None)
+    if keys is None:
+        with contextlib.suppress(OSError, RuntimeError):
+            keys = teleop.get_action()
+    if keys is not None and (missing := [one for one in (*JOINTS, "gripper.pos") if one not in keys]):
+        raise UserError(f"--teleop {name} leads another kind of arm: of its keys ({', '.join(keys)}) "
+                        f"{', '.join(missing)} is missing")
 
 
 def _place(args):
@@ -206,14 +226,25 @@ def recall(args):
         args.box_center, args.home = tuple(center), args.home or tuple(home)
 
 
+@contextlib.contextmanager
+def writing(path):
+    """A full disk is one line, and the arm goes to rest. h5py also raises RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', None) or str(error).splitlines()[0]}): what "
+                        "was there before is whole") from error
+
+
 def remember(args):
     """For later sessions, beside the recorded episodes: what a recording or else the first training works with."""
     path = _place(args)
     if args.home is None or (args.role != "record" and (path.exists() or not path.parent.is_dir())):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(json.dumps({"args": asdict(args)}, indent=1).encode())
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps({"args": asdict(args)}, indent=1).encode())
 
 
 def open_eyes(args, cameras):

@@ -1,7 +1,10 @@
 """The arm without an arm: the guard against hostile commands, the keypad on a pseudo-terminal, deadlines."""
+import errno
 import os
 import pty
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -278,6 +281,42 @@ def test_waiting_for_a_key_ends_with_the_key_or_the_time(terminal):
 def test_escape_alone_stops_and_capitals_count():
     assert events(b"\x1b") == ["stop"] and events(b"S\x1bOPF") == ["success", "fail"] and events(b"\xff\x1b[15~1") == \
         ["success"]
+
+
+def test_a_function_key_that_comes_in_two_parts_is_no_label_and_swallows_no_stop(terminal):
+    ours, theirs = terminal
+    with TerminalPad(theirs) as keypad:
+        found = []
+        for part in (b"\x1b[", b"15", b"~f"):                       # F5, then f
+            os.write(ours, part)
+            time.sleep(0.02)
+            found += [keypad.poll(), keypad.poll()]
+        assert found == [None] * 4 + ["fail", None]
+        os.write(ours, b"\x1b[")
+        time.sleep(0.02)
+        assert keypad.poll() is None
+        time.sleep(0.35)                                           # nothing more of it comes: then x is an x
+        os.write(ours, b"x")
+        time.sleep(0.02)
+        assert keypad.poll() == "stop"
+
+
+def test_a_keypad_that_somebody_else_holds_is_an_error_in_one_line(terminal, monkeypatch):
+    class Held:
+        def __init__(self, path):
+            self.path, self.fd = path, terminal[1]
+
+        def grab(self):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+        def close(self):
+            self.fd = None
+    evdev = SimpleNamespace(InputDevice=Held, ecodes=SimpleNamespace(KEY={}))
+    monkeypatch.setitem(sys.modules, "evdev", evdev)
+    keypad = open_keypad("/dev/input/by-id/pedal")
+    with pytest.raises(UserError, match="pedal for this program alone .Device or resource busy"), keypad:
+        pass
+    assert keypad.device.fd is None
 
 
 def test_a_keypad_that_is_not_there_is_an_error_in_one_line(tmp_path):
