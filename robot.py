@@ -341,8 +341,8 @@ class Rig:
     def _watch(self):
         while not self.done:
             time.sleep(PERIOD)
-            silent = time.monotonic() - self.fed > 3 * PERIOD
-            if self.armed and silent and not self.failed and self.lock.acquire(timeout=PERIOD):
+            silent, unknown = time.monotonic() - self.fed > 3 * PERIOD, self.failed and self.lost         # as in _send
+            if self.armed and silent and not unknown and self.lock.acquire(timeout=PERIOD):
                 try:
                     self.trips += 1
                     action = dict(zip(JOINTS, self.guard.joints)) | {"gripper.pos": self.guard.gripper}

@@ -24,7 +24,7 @@ STATE_AGE, CAMERA_AGE = 0.1, 0.2               # seconds after which an observat
 
 
 class Pace:
-    """Absolute deadlines, one per PERIOD; after a late command a whole period, never less. Not realtime: a count."""
+    """Absolute deadlines, one per PERIOD; a missed one is set anew, never caught up. Not realtime: time is a count."""
 
     def __init__(self, realtime):
         self.realtime, self.ticks, self.overruns, self.periods = realtime, 0, 0, collections.deque(maxlen=100_000)
@@ -37,16 +37,16 @@ class Pace:
         return time.monotonic() if self.realtime else self.ticks * PERIOD
 
     def wait(self):
-        """Until the end of this period, which began with a command or, where that came late, begins with it now."""
+        """Until the end of this period, and a whole one where its command came late; called right after a command."""
         self.ticks += 1
         if not self.realtime:
             return
         self.deadline += PERIOD
-        left = self.deadline - time.monotonic()
-        self.overruns += left < 0
-        if left < PERIOD / 2:                  # two commands must not follow at once, nor a look show no motion yet
-            left, self.deadline = PERIOD, time.monotonic() + PERIOD
-        time.sleep(left)
+        now = time.monotonic()
+        if now > self.deadline:                # the command came late: the next one must not follow at once, nor a
+            self.overruns += 1                 # look that would show no motion yet
+            self.deadline = now + PERIOD
+        time.sleep(max(self.deadline - now, PERIOD / 4))
         now = time.monotonic()
         self.periods.append(now - self.last)
         self.last = now

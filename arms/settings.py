@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -228,12 +229,12 @@ def recall(args):
 
 @contextlib.contextmanager
 def writing(path):
-    """A full disk is one line, and the arm goes to rest. h5py also raises RuntimeError."""
+    """A full disk is one line, and the arm goes to rest. h5py also raises RuntimeError, and tells a whole story."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', None) or str(error).splitlines()[0]}): what "
-                        "was there before is whole") from error
+        why = re.search(r"error message = '([^']*)'|()\Z", str(error))[1] or str(error).splitlines()[0]
+        raise UserError(f"cannot write {path} ({why}): what was there before is whole") from error
 
 
 def remember(args):

