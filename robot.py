@@ -125,7 +125,7 @@ class Rig:
                            max_joint_speed=np.radians(args.max_joint_speed), leash=args.leash / 100)
         low, high, tool = np.round(100 * np.array([*box, kinematics.fk(view.joints)[0]]), 1)
         print(f"box {low} to {high} cm, tool at {tool} cm, at most {args.max_step} cm and {args.max_turn} degrees per "
-              "period")
+              f"period{'' if home is None else ', episodes start where those of earlier sessions did'}")
         if home is not None and (wrong := self.guard.outside(home)):
             raise UserError(f"the start of earlier sessions, --home {' '.join(f'{one:.1f}' for one in args.home)}, is "
                             f"outside the limits ({wrong}): name the box it belongs to, or another --home")

@@ -53,7 +53,7 @@ def recorded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", ["demos", "demos.hdf5"])
-def test_a_later_session_with_the_same_data_works_where_the_first_did(recorded, shape, tmp_path):
+def test_a_later_session_with_the_same_data_works_where_the_first_did(recorded, shape, tmp_path, capsys):
     arm, where = recorded
     first = session(Lasting(False), "train", "--data", str(tmp_path / "none"))
     with first:
@@ -65,6 +65,7 @@ def test_a_later_session_with_the_same_data_works_where_the_first_did(recorded, 
         for one, other in zip(limits(first), limits(later), strict=True):
             np.testing.assert_allclose(one, other, atol=2e-3)
         np.testing.assert_allclose(arm.sent[-1], later.home, atol=1e-6)             # there it has gone
+    assert "start where those of earlier sessions did" in capsys.readouterr().out
     with session(Lasting(False), "train", "--box-center", "30", "0", "-3", *where) as another:
         np.testing.assert_allclose(another.guard.box.mean(0), [0.30, 0, -0.03])
 
