@@ -33,20 +33,21 @@ from arms.keypad import HELP, open_keypad
 from arms.kinematics import Kinematics
 from arms.learner import STATS, Background, Learner, trained
 from arms.senses import JOINTS, PERIOD, Pace, Senses
-from arms.settings import open_arm, open_eyes, parse
+from arms.settings import open_arm, open_eyes, parse, recall, remember, writing
 from distributed.arm import Faraway
 from logbook import Interrupt, Logbook, UserError, cli, curve, fitting
 
 LATE = 1.0                                     # seconds after which what a policy made of a view is not executed
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)        # also counts while a laptop sleeps
 
 
 class Arm(Protocol):
     """What a driver offers: the ten members of every LeRobot robot; lerobot itself is never imported.
 
     Action keys joint_1.pos .. joint_6.pos (rad) and gripper.pos (m). An observation has the same, `stamp`
-    (time.monotonic() of the measurement) and cameras as HWC uint8 arrays, each with NAME.stamp if it can. Optional:
-    reset(seed) and success() of a simulated arm, object.* floats, rest (6,) joints, kinematics. disconnect must not
-    let the arm fall.
+    (time.monotonic() of the measurement; without one the reading counts as fresh, and an arm that froze is not noticed)
+    and cameras as HWC uint8 arrays, each with NAME.stamp if it can. Optional: reset(seed) and success() of a simulated
+    arm, object.* floats, rest (6,) joints, kinematics, disconnect(release). disconnect must not let the arm fall.
     """
 
     observation_features: dict[str, Any]       # NAME: float, or (height, width, 3) of a camera
@@ -77,6 +78,7 @@ class Rig:
         self.guard = self.rest = None
         self.fed, self.trips, self.armed, self.stopped, self.done = 0.0, 0, False, False, False
         self.told, self.failed, self.silent, self.looked, self.ending = False, False, 0, 0.0, None
+        self.lost, self.strayed = False, None
 
     def __enter__(self):
         try:
@@ -111,31 +113,60 @@ class Rig:
             self.robot.disconnect(**release)
 
     def _prepare(self, view):
-        args, (place, turned) = self.args, self.senses.kinematics.fk(view.joints)
+        args, home, kinematics = self.args, self._known_home(view), self.senses.kinematics
+        place, turned = kinematics.fk(view.joints if home is None else home)
         size = np.array(args.box_size) / 100
         center = np.array(args.box_center) / 100 if args.box_center else place - [0, 0, size[2] / 2 - 0.02]
         box = np.array([center - size / 2, center + size / 2])
         if args.box_from_demos:
-            box = reach(numbered(args.data)) + [[-0.02], [0.02]]
-        self.guard = Guard(self.senses.kinematics, box, turned[:, 2], cone=np.radians(args.cone),
+            box = reach([args.data] if Path(args.data).is_file() else numbered(args.data)) + [[-0.02], [0.02]]
+        self.guard = Guard(kinematics, box, turned[:, 2], cone=np.radians(args.cone),
                            max_step=args.max_step / 100, max_turn=np.radians(args.max_turn),
                            max_joint_speed=np.radians(args.max_joint_speed), leash=args.leash / 100)
-        low, high = np.round(box * 100, 1)
-        print(f"box {low} to {high} cm, tool at {np.round(place * 100, 1)} cm, at most {args.max_step} cm and "
-              f"{args.max_turn} degrees per period")
+        low, high, tool = np.round(100 * np.array([*box, kinematics.fk(view.joints)[0]]), 1)
+        print(f"box {low} to {high} cm, tool at {tool} cm, at most {args.max_step} cm and {args.max_turn} degrees per "
+              f"period{'' if home is None else ', episodes start where those of earlier sessions did'}")
+        if home is not None and (wrong := self.guard.outside(home)):
+            raise UserError(f"the start of earlier sessions, --home {' '.join(f'{one:.1f}' for one in args.home)}, is "
+                            f"outside the limits ({wrong}): name the box it belongs to, or another --home")
         self.rest = np.asarray(getattr(self.robot, "rest", view.joints), float)
+        self._enter_box(view, home)
+        self.home = self.guard.joints.copy() if home is None else home
+        if not hasattr(self.robot, "reset"):                # later sessions begin at the rest pose, which tells nothing
+            args.box_center = args.box_center or tuple(map(float, 100 * center))
+            args.home = tuple(map(float, np.degrees(self.home)))
+
+    def _known_home(self, view):
+        """Joints (6,) where episodes start, as args or an earlier session say; None: where the arm is now."""
+        args = self.args
+        if hasattr(self.robot, "reset"):
+            return None
+        recall(args)
+        if args.home is not None:
+            return np.clip(np.radians(args.home), *np.asarray(self.senses.kinematics.limits).T)
+        resting = hasattr(self.robot, "rest") and np.abs(view.joints - np.asarray(self.robot.rest)).max() < 0.1
+        if resting and (args.recover or not (args.box_center or args.box_from_demos)):
+            raise UserError("the arm is at its rest pose, and no earlier session with this --data says where it works "
+                            "and which way its tool points there: move it by hand to where it works, or give "
+                            "--box-center X Y Z in cm and --home, six joints in degrees")
+        return None
+
+    def _enter_box(self, view, home):
+        """The guard's first target: where the arm is or, with --recover, home or the middle of the box."""
         try:
             self.guard.start(view.joints, view.gripper)
         except UserError:
             self.guard.joints, self.guard.gripper = np.clip(view.joints, self.guard.low, self.guard.high), view.gripper
-            if not args.recover or np.abs(self.guard.joints - view.joints).max() > 0.05:     # a wrong zero lies about
-                raise                                                                         # where the tool is
-            goal, missing, _ = self.senses.kinematics.ik(box.mean(0), turned, view.joints)
+            if not self.args.recover or np.abs(self.guard.joints - view.joints).max() > 0.05:  # a wrong zero lies
+                raise                                                                          # about where the tool is
+            goal, missing, where = home, 0.0, "start"
+            if home is None:
+                middle, turned = self.guard.box.mean(0), self.senses.kinematics.fk(view.joints)[1]
+                (goal, missing, _), where = self.senses.kinematics.ik(middle, turned, view.joints), "middle of the box"
             if missing > 0.01 or not self.move(goal, timeout=60):
                 why = "cannot" if missing > 0.01 else "did not"
-                raise UserError(f"the arm {why} reach the middle of the box: move it there by hand") from None
+                raise UserError(f"the arm {why} reach the {where}: move it there by hand") from None
             self.guard.start((view := self._fresh()).joints, view.gripper)
-        self.home = self.guard.joints.copy()
 
     def get_observation(self):
         """The driver's, which need not bear a command of the watchdog meanwhile."""
@@ -143,8 +174,14 @@ class Rig:
             return self.robot.get_observation()
 
     def _look(self, pictures=True):
-        self.looked = time.monotonic()
-        return self.senses.read(self, pictures)
+        """A View or None. The first after a hole (lost views or commands, LATE) tells the guard where the arm is."""
+        before, self.looked = self.looked, time.clock_gettime(CLOCK)
+        hole = self.lost or (self.args.realtime and self.looked - before > LATE)
+        view, self.strayed = self.senses.read(self, pictures), None
+        if view is not None and hole and self.guard is not None:
+            self.strayed = self.guard.rejoin(view.joints)
+        self.lost = view is None
+        return view
 
     def move(self, goal, timeout, leaving=False):
         """
@@ -182,8 +219,12 @@ class Rig:
                 take.outcome = event
                 break
             requested, applied = self._command(act, view)
+            before = self.looked
             self.pace.wait()
             view = self._look()
+            if self.args.realtime and (away := self.looked - before) > LATE and applied is not None:
+                self.guard.counts["late"] += 1            # a stopped process, a laptop that slept: all has changed
+                applied, self.failed, self.senses.fault = None, True, f"this program stood still for {away:.1f} s"
             self._complain(view)
             if applied is None or view is None:
                 self.queue = []
@@ -200,7 +241,7 @@ class Rig:
 
     def _command(self, act, view):
         """One command from the newest view: (what was asked for, what really ran), or Nones where it had to hold."""
-        if view is None or (self.human and self.teleop is None):
+        if view is None or (self.teleop if self.human else act) is None:     # nobody leads: a pause
             self._send(*self.guard.hold("stale" if view is None else "paused"))
             return None, None
         if self.human:
@@ -208,9 +249,9 @@ class Rig:
         else:
             self.queue = self.queue or list(act(view.vector))
             requested = self.queue.pop(0)
-            if self.args.realtime and (age := time.monotonic() - self.looked) > LATE:      # a slow policy, a stopped
-                self._send(*self.guard.hold("late"))                                       # process: all has changed
-                self.senses.fault, self.failed = f"the policy took {age:.1f} s", True
+            if self.args.realtime and (age := time.clock_gettime(CLOCK) - self.looked) > LATE:       # all has changed
+                self._send(*self.guard.hold("late"))
+                self.senses.fault, self.failed, self.lost = f"the policy took {age:.1f} s", True, True
                 return None, None
         return requested, self._send(*self.guard.step(requested, view.joints))
 
@@ -244,32 +285,39 @@ class Rig:
         """The operator's action; within the first second after a take-over the arm slides towards the operator."""
         try:
             goal = self.teleop.get_action()
-        except (OSError, RuntimeError) as error:
+            action = self.guard.towards([goal[name] for name in JOINTS], goal["gripper.pos"])
+        except (OSError, RuntimeError, KeyError) as error:
             raise UserError(f"the operator's arm is lost, the running episode dropped: {error}") from error
-        action = self.guard.towards([goal[name] for name in JOINTS], goal["gripper.pos"])
         self.since += 1
         action[:6] *= min(1.0, self.since * PERIOD / max(np.abs(action[:6]).max(), 1e-9))
         return action
 
     def _send(self, joints, gripper):
+        if self.failed and self.lost:       # where the arm is was not seen since: the target may be far from there
+            return None
         action = dict(zip(JOINTS, map(float, joints))) | {"gripper.pos": float(gripper)}
         with self.lock:
             self.fed = time.monotonic()
             try:
                 sent, self.failed = self.robot.send_action(action) or action, False
             except (OSError, RuntimeError) as error:
-                self.senses.fault, self.failed = f"a command did not reach the arm ({error})", True
+                self.senses.fault, self.failed, self.lost = f"a command did not reach the arm ({error})", True, True
                 return None
             return self.guard.sent([sent.get(name, action[name]) for name in JOINTS], sent.get("gripper.pos", gripper))
 
     def _complain(self, view):
-        """Say once what is wrong; give up after five seconds. A lost keypad ends the session."""
+        """Say once what is wrong; give up after five seconds. A lost keypad and a carried-off arm end the session."""
         lost = view is None or self.failed
         if lost and not self.told:
             warn(f"HOLDING: {self.senses.fault}")
         self.told, self.silent = lost, self.silent + 1 if lost else 0
         if self.silent > 5 / PERIOD:
             raise UserError(f"{self.senses.fault}, for five seconds: check power and cables, then --resume")
+        if self.strayed:
+            self.stopped = True
+            raise UserError(f"the arm was moved outside its limits ({self.strayed}) while nothing was heard of it or "
+                            "it did not obey: it holds where it is, the running episode is dropped; move it inside "
+                            "by hand, then --resume")
         if self.keypad.gone:
             self.stopped = True
             raise UserError("the keypad is gone (terminal closed or device unplugged): the arm holds where it is, the "
@@ -278,6 +326,7 @@ class Rig:
     def _label(self, take):
         """Ask once for the label of an episode that ran out of time."""
         if take.outcome == "timeout" and not self.auto:
+            self.keypad.forget()
             print("time is up, no label: s success, f fail, d discard? (10 s; otherwise no success)")
             take.outcome = {None: "timeout", "pause": "timeout"}.get(event := self.keypad.wait(10), event)
         self._heed(take.outcome)
@@ -292,7 +341,8 @@ class Rig:
     def _watch(self):
         while not self.done:
             time.sleep(PERIOD)
-            if self.armed and time.monotonic() - self.fed > 3 * PERIOD and self.lock.acquire(timeout=PERIOD):
+            silent, unknown = time.monotonic() - self.fed > 3 * PERIOD, self.failed and self.lost         # as in _send
+            if self.armed and silent and not unknown and self.lock.acquire(timeout=PERIOD):
                 try:
                     self.trips += 1
                     action = dict(zip(JOINTS, self.guard.joints)) | {"gripper.pos": self.guard.gripper}
@@ -315,15 +365,18 @@ COLUMNS = ("success", "reward", "length", "dropped", "interventions", "guarded",
 
 
 @contextlib.contextmanager
-def deaf_to_hangup():
-    """A closed terminal is a lost keypad, on which the arm holds, and no reason to die with the arm in motion."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if main else None
+def awake():
+    """
+    A closed terminal is a lost keypad, on which the arm holds, and no reason to die with the arm in motion. Nor may
+    Ctrl-Z or Ctrl-\\ leave it under power with nobody watching: a shell also changes the terminal, and keys die.
+    """
+    numbers = (signal.SIGHUP, signal.SIGTSTP, signal.SIGQUIT) * (threading.current_thread() is threading.main_thread())
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -335,8 +388,8 @@ def session(args):
     auto = hasattr(robot, "success") and args.keypad in ("auto", "none")
     if args.keypad == "none" and not (auto and hasattr(robot, "reset")):
         raise UserError("--keypad none is for a simulated arm: somebody has to place the object and to stop this one")
-    pad = "none" if auto else args.keypad.replace("auto", "terminal")
-    with deaf_to_hangup(), Interrupt() as interrupt, open_keypad(pad) as keypad:
+    pad = "none" if auto else "terminal" if args.keypad == "auto" else args.keypad
+    with awake(), Interrupt() as interrupt, open_keypad(pad) as keypad:
         print("labels come from the simulation" if auto else HELP)
         try:
             yield Rig(args, robot, senses, keypad, teleop, interrupt, auto)
@@ -345,25 +398,36 @@ def session(args):
                 getattr(teleop, "disconnect", lambda: None)()
 
 
+def save(take, path, task, seed):
+    """Take -> its file; False, and said, where it has no step to keep."""
+    with writing(path):
+        kept = take.save(path, task, take.outcome == "success", seed)
+    if not kept:
+        print("no step was played, so nothing is kept")
+    return kept
+
+
 def record(args):
     """Tele-operate until the folder holds args.episodes successes; failures are not kept. Returns the merged file."""
     folder = Path(args.data)
     with session(args) as rig:
         task = layout(args.task, rig.senses.sizes)
         with rig:
+            remember(args)
             number, (tried, _) = len(numbered(folder)), following(folder)
             while number < args.episodes:
                 take = rig.episode(None, args.seed_of(tried))
                 tried += 1
                 if take.outcome in ("quit", "stop"):
                     break
-                if take.outcome == "success":
-                    take.save(following(folder)[1], task, True, args.seed_of(tried - 1))
+                if take.outcome == "success" and save(take, following(folder)[1], task, args.seed_of(tried - 1)):
                     number += 1
                 print(f"{take.outcome} after {take.steps} steps: {number} of {args.episodes} recorded, {tried} tried, "
                       f"{rig.status()}")
     if files := numbered(folder):
-        print(f"{merge(files, folder.with_suffix('.hdf5'))}; next: python robot.py train --task {args.task}")
+        with writing(whole := folder.with_suffix(".hdf5")):
+            merge(files, whole)
+        print(f"{whole}; next: python robot.py train --task {args.task}")
 
 
 def train(args):
@@ -405,17 +469,20 @@ def train(args):
 def play(args, rig, task, learner, book, steps, recent):
     """The interaction half of Algorithm 1: every episode is on disk and announced before the next one begins."""
     learner.wait()
+    if rig.interrupt.stop:                                   # the arm has no power yet, and gets none
+        return
     with rig:
+        remember(args)
+        book.amend(dataclasses.asdict(args))
         while len(recent) < args.episodes:
             (number, path), version = following(Path(args.run_dir) / "episodes"), learner.pull()
             rng, acting = np.random.default_rng([args.seed, 1, number]), learner.acting()
             take = rig.episode(lambda obs: acting(obs, rng), args.seed_of(number))
             if take.outcome in ("quit", "stop"):
                 break
-            won = take.outcome == "success"
-            if take.outcome == "discard" or not take.save(path, task, won, args.seed_of(number)):
+            if take.outcome == "discard" or not save(take, path, task, args.seed_of(number)):
                 continue
-            recent.append(float(won))
+            recent.append(float(take.outcome == "success"))
             learner.absorb(path)
             learner.check()
             steps, last = steps + take.steps, recent[-20:]
@@ -433,8 +500,8 @@ def evaluate(args):
     with session(args) as rig:
         acting, updates, steps = trained(args, layout(args.task, rig.senses.sizes))
         print(f"policy {acting.fingerprint()} after {updates} updates, acting from the {args.act}")
-        with rig:
-            while len(rows) < args.episodes:
+        with contextlib.nullcontext() if rig.interrupt.stop else rig:        # who stops it now wants no motion
+            while len(rows) < args.episodes and not rig.interrupt.stop:
                 seed, rng = args.seed_of(len(rows)), np.random.default_rng([args.seed, 2, len(rows)])
                 take = rig.episode(lambda obs: acting(obs, rng), seed)
                 if take.outcome in ("quit", "stop"):

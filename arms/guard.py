@@ -20,6 +20,7 @@ from logbook import UserError
 OPEN = 0.07                                    # gripper opening in metres at action +1
 SLACK = 1.02                                   # limits are this much wider than what a full action asks for
 TWIST = 0.35                                   # radians between the commanded and the measured rotation (ours)
+NEAR = 0.05                                    # radians of a joint that sag and contact explain (ours)
 
 
 class Guard:
@@ -42,13 +43,22 @@ class Guard:
     def start(self, joints, gripper):
         """The first target is the measured pose: joints (6,), gripper. UserError if that is outside the limits."""
         target = np.clip(joints, self.low, self.high)
-        if not _finite(joints, 6) or not np.isfinite(gripper) or np.abs(target - joints).max() > 0.05:
+        if not _finite(joints, 6) or not np.isfinite(gripper) or np.abs(target - joints).max() > NEAR:
             raise UserError(f"the arm reports joints {np.round(joints, 3)}, outside its own ranges: check its zero")
         if wrong := self.outside(target):
             place, box = self.kinematics.fk(target)[0] * 100, self.box * 100
             raise UserError(f"the arm starts outside its limits ({wrong}): tool at {np.round(place, 1)} cm, box "
                             f"{np.round(box[0], 1)} to {np.round(box[1], 1)} cm. Move it inside by hand, or --recover")
         self.joints, self.gripper = target, float(np.clip(gripper, 0, OPEN))
+
+    def rejoin(self, joints):
+        """After a hole in what is known: a target not near the measured joints (6,) becomes these, the grip is kept.
+        Returns the name of the limit of place that is broken there, or None."""
+        if np.abs(self.joints - joints).max() <= NEAR:
+            return None
+        self.counts["rejoined"] += 1
+        self.joints = np.clip(joints, self.low, self.high)
+        return self.outside(self.joints)
 
     def outside(self, joints):
         """Name of the limit of place that these joints (6,) break, or None."""
@@ -95,8 +105,8 @@ class Guard:
             return *self.hold("stale"), False
         if np.abs(self.joints - measured).max() > 0.2:               # wait where the measured arm does not follow
             return *self.hold("leash"), False
-        limit = speed * self.max_joint_step
-        target = self.joints + np.clip(goal - self.joints, -limit, limit)
+        change, limit = goal - self.joints, speed * self.max_joint_step
+        target = self.joints + change * min(1.0, limit / max(np.abs(change).max(), 1e-9))
         return np.clip(target, self.low, self.high), self._grip(gripper), bool(np.allclose(target, goal, atol=1e-6))
 
     def hold(self, why):

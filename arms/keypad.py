@@ -11,6 +11,7 @@ A terminal works over SSH and tmux but must have the focus; an evdev device (a U
 Not here: what the events do to the arm (robot.py).
 """
 import os
+import re
 import select
 import sys
 import time
@@ -60,6 +61,7 @@ class TerminalPad(ScriptedPad):
     def __init__(self, descriptor=None):
         super().__init__()
         self.descriptor = sys.stdin.fileno() if descriptor is None else descriptor
+        self._begun, self._until = b"", 0.0           # of a function key, and how long the rest may take
 
     def __enter__(self):
         import termios
@@ -97,7 +99,10 @@ class TerminalPad(ScriptedPad):
                 data = os.read(self.descriptor, 1024)
                 if not data:
                     raise OSError("end of file")
-                self.events += events(data)
+                data = data if time.monotonic() > self._until else self._begun + data
+                self._begun = re.search(rb"(\x1b[\[O][0-9;]*)?\Z", data)[0]
+                self._until = time.monotonic() + 0.3
+                self.events += events(data[:len(data) - len(self._begun)])
         except OSError:                               # also EIO: the other end of the pseudo-terminal was closed
             self.gone = True
 
@@ -123,7 +128,12 @@ class EvdevPad(TerminalPad):
         self._names = evdev.ecodes.KEY
 
     def __enter__(self):
-        self.device.grab()
+        try:
+            self.device.grab()
+        except OSError as error:
+            self.device.close()
+            raise UserError(f"cannot have the keypad {self.device.path} for this program alone ({error.strerror}): "
+                            "another one holds it") from error
         return self
 
     def __exit__(self, *_):

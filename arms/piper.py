@@ -124,6 +124,7 @@ class PiperArm:
         if self.is_connected:
             return
         self._feeds, self._stopped, self._ready = (_Feed(), _Feed(), _Feed()), False, False
+        self._opening = None  # metres, as last commanded
         self._sdk = open_sdk(self.channel, self.bus, self.dh_is_offset)
         self._watch_sends()
         try:
@@ -176,14 +177,22 @@ class PiperArm:
         if not np.isfinite(target).all():
             raise ValueError(f"targets must be finite, got {action}")
         self._check()
-        return dict(zip(KEYS, self._command(target).tolist(), strict=True))
+        sent = self._command(target)
+        self._opening = sent[6]
+        return dict(zip(KEYS, sent.tolist(), strict=True))
 
     def hold(self) -> None:
-        """The measured pose becomes the target: the arm stops where it is and stays there."""
+        """
+        The measured pose becomes the target: the arm stops where it is and stays there. The gripper keeps its last
+        commanded opening: at the measured one it would no longer press on what it holds, and drop it.
+        """
         self._require()
         if not 0 < self._age() < SILENCE:
             raise ConnectionError("the arm's pose is unknown, so it cannot be told to stay there")
-        self._command(self._measured())
+        self._refuse_teaching()  # somebody holds it: it must not stiffen in their hands
+        target = self._measured()
+        target[6] = target[6] if self._opening is None else self._opening
+        self._command(target)
 
     def emergency_stop(self) -> None:
         """The firmware's own: the arm stops and sinks slowly. Afterwards only a power cycle brings it back."""
@@ -270,7 +279,11 @@ class PiperArm:
             fault = STATUS.get(int(status.arm_status), "an unknown fault")
             raise RuntimeError(f"the Piper reports {fault} (arm_status {int(status.arm_status)}): clear the cause, "
                                "then connect again")
-        if ready and self._ready and int(status.ctrl_mode) != 1:
+        if ready:
+            self._refuse_teaching()
+
+    def _refuse_teaching(self) -> None:
+        if self._ready and int(self._sdk.GetArmStatus().arm_status.ctrl_mode) != 1:
             raise RuntimeError("the Piper left CAN control (teach button, a leader on the same bus?): connect again")
 
 

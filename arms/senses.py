@@ -24,7 +24,7 @@ STATE_AGE, CAMERA_AGE = 0.1, 0.2               # seconds after which an observat
 
 
 class Pace:
-    """Absolute deadlines, one per PERIOD; a missed one is skipped, never caught up. Not realtime: time is a count."""
+    """Absolute deadlines, one per PERIOD; a missed one is set anew, never caught up. Not realtime: time is a count."""
 
     def __init__(self, realtime):
         self.realtime, self.ticks, self.overruns, self.periods = realtime, 0, 0, collections.deque(maxlen=100_000)
@@ -37,17 +37,16 @@ class Pace:
         return time.monotonic() if self.realtime else self.ticks * PERIOD
 
     def wait(self):
-        """Until the end of this period."""
+        """Until the end of this period, and a whole one where its command came late; called right after a command."""
         self.ticks += 1
         if not self.realtime:
             return
         self.deadline += PERIOD
-        late = time.monotonic() - self.deadline
-        if late > 0:
-            self.overruns += 1
-            self.deadline += late // PERIOD * PERIOD
-        else:
-            time.sleep(-late)
+        now = time.monotonic()
+        if now > self.deadline:                # the command came late: the next one must not follow at once, nor a
+            self.overruns += 1                 # look that would show no motion yet
+            self.deadline = now + PERIOD
+        time.sleep(max(self.deadline - now, PERIOD / 4))
         now = time.monotonic()
         self.periods.append(now - self.last)
         self.last = now
@@ -110,8 +109,13 @@ class Senses:
         return View(vector, joints, gripper) if np.isfinite(vector).all() else self._lost("a value is not finite")
 
     def _age(self, name, raw):
-        """Seconds since this source last said something new; a camera without a stamp is judged by its pixels."""
-        stamp = raw["stamp"] if name == "stamp" else raw.get(f"{name}.stamp")
+        """
+        Seconds since this source last said something new. A camera without a stamp is judged by its pixels; an arm
+        without one, as LeRobot's have none, is as fresh as its reading: standing still it shows the same numbers.
+        """
+        stamp = raw.get("stamp" if name == "stamp" else f"{name}.stamp")
+        if name == "stamp" and stamp is None:
+            return 0.0
         if stamp is not None and not np.isfinite(stamp):
             return np.inf                             # equal to nothing, it would look new for ever
         mark = zlib.crc32(np.ascontiguousarray(raw[name])) if stamp is None else stamp

@@ -8,9 +8,13 @@ The paper leaves open where the box is, limits of orientation and speed, what en
 Not here: what the values do (robot.py: arm and episodes; learner.py: stages I and II).
 """
 import argparse
+import contextlib
 import importlib
+import inspect
+import json
 import math
-from dataclasses import dataclass, fields
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +22,9 @@ import torch
 import tyro
 
 import arms
-from logbook import UserError, check_numbers, read_args, usable_device
+from logbook import UserError, check_numbers, read_args, replacing, usable_device
+
+from .senses import JOINTS
 
 # Table III: episode limit and box (cm). Table V: the last two, on a vision-language backbone; sizes of its head: ours.
 VLA = dict(episode_limit=200, box_size=(40, 40, 40), horizon=10, batch_size=64, online_learning_rate=5e-5,
@@ -63,7 +69,8 @@ class Args:
     instruction: str | None = None    # what the model is told; default: the task's own words
     channels: int = 256               # width of the head on it (ours)
     blocks: int = 6                   # transformer blocks of the head (ours)
-    box_center: tuple[float, float, float] | None = None  # cm, in the arm's base frame; default: where the tool starts
+    box_center: tuple[float, float, float] | None = None  # cm, in the arm's base frame; default: around the start
+    home: tuple[float, ...] | None = None  # degrees of the joints at every start; default: as in the first session
     box_size: tuple[float, float, float] = (40, 40, 30)  # cm (Table III)
     box_from_demos: bool = False      # the box of the recorded episodes and 2 cm around it
     cone: float = 30.0                # degrees between the tool's axis and where it pointed at the start (ours)
@@ -116,12 +123,13 @@ def parse(argv, description):
         first.add_argument(*names)                                             # this task; tyro takes both spellings
     given = first.parse_known_args(argv)[0]
     task, folder = given.task or Args.task, given.resume
-    if argv[:1] == ["eval"]:                                                   # tested as it was trained
-        folder = given.run_dir or f"runs/{task}-robot-s{given.seed or 0}"
+    tests = argv[:1] == ["eval"]
+    if tests:                                                                  # as it was trained
+        folder = given.resume or given.run_dir or f"runs/{task}-robot-s{given.seed or 0}"
     if folder is not None:
         names = {field.name for field in fields(Args)}
         known = {name: value for name, value in read_args(folder, method="robot").items() if name in names}
-        known |= {"role": "train"} if given.resume else {"role": "eval", "episodes": 0, "run_dir": folder}
+        known |= {"role": "eval", "episodes": 0, "run_dir": folder} if tests else {"role": "train"}
         default = Args(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
     else:
         if task not in TASKS:
@@ -131,6 +139,8 @@ def parse(argv, description):
         default = Args(task=task, preset=preset, **TASKS[task] | PRESETS[preset] | small)
     args = tyro.cli(Args, args=argv, default=default, description=description)
     args.preset = default.preset if args.preset == "auto" else args.preset     # what auto came to
+    if args.box_center != default.box_center and args.home == default.home:
+        args.home = None                                     # the start of another box
     check_numbers(args, LEAST)
     if args.role == "train" and args.learner is None:        # it learns here
         usable_device(args.device, mps=False)
@@ -140,14 +150,17 @@ def parse(argv, description):
         raise UserError(f"--box-size is three lengths in cm, got {' '.join(map(str, args.box_size))}")
     if not all(map(math.isfinite, args.box_center or ())):
         raise UserError(f"--box-center is a place in cm, got {' '.join(map(str, args.box_center))}")
+    if args.home is not None and not (len(args.home) == 6 and all(map(math.isfinite, args.home))):
+        raise UserError(f"--home is six joints in degrees, got {' '.join(map(str, args.home))}")
     if not args.realtime and args.robot != "sim":
         raise UserError(f"--no-realtime is for the simulated arm: {args.robot} cannot wait for the learner")
     if args.backbone is not None and args.observe == "state":
         raise UserError(f"--observe state: {args.task} is seen by a vision-language backbone, which needs pictures")
     args.observe = "vision" if args.backbone is not None else args.observe
     args.data = args.data or f"data/{args.task}-{args.robot.rpartition(':')[2]}"
-    if args.role == "record" and Path(args.data).is_file():
-        raise UserError(f"--data {args.data} is a file: record writes one file per episode into a folder")
+    if args.role == "record" and (Path(args.data).is_file() or Path(args.data).suffix == ".hdf5"):
+        raise UserError(f"--data {args.data} is a file: record writes one file per episode into a folder, and then one "
+                        "of all beside it, FOLDER.hdf5")
     args.run_dir = args.resume or args.run_dir or f"runs/{args.task}-robot-s{args.seed}"
     record = 30 if args.preset == "cpu" else DEMONSTRATIONS[args.task]
     args.episodes = args.episodes or {"record": record, "train": 200, "eval": 20}[args.role]
@@ -169,6 +182,8 @@ def open_arm(args):
         if args.task not in ("pick-cube", "insert-usb"):
             print(f"the simulated arm has a cube and a peg with its socket: {args.task} is played with the {task}")
     robot, teleop = arms.make(args.robot, **options), None
+    if args.release and "release" not in inspect.signature(robot.disconnect).parameters:
+        raise UserError(f"--release: the driver of {args.robot} cannot cut the motors' power (piper's can)")
     if args.teleop is not None:
         module, _, name = args.teleop.partition(":")
         try:
@@ -177,12 +192,60 @@ def open_arm(args):
         except (ImportError, AttributeError, ValueError, TypeError, OSError) as error:
             raise UserError(f"--teleop {args.teleop}: {error}; it is package.module:Class, made without arguments, "
                             "that connects") from error
+        _check_keys(args.teleop, teleop)
     elif args.robot == "sim":
         from .teleop import ScriptedExpert
         teleop = ScriptedExpert(robot, seed=args.seed)
     if args.role == "record" and teleop is None:
         raise UserError("recording needs someone to tele-operate: --teleop package.module:Class")
     return robot, teleop
+
+
+def _check_keys(name, teleop):
+    """UserError, before anything moves, for an operator of another kind; one that is silent now is not judged yet."""
+    keys = getattr(teleop, "action_features", None)
+    if keys is None:
+        with contextlib.suppress(OSError, RuntimeError):
+            keys = teleop.get_action()
+    if keys is not None and (missing := [one for one in (*JOINTS, "gripper.pos") if one not in keys]):
+        raise UserError(f"--teleop {name} leads another kind of arm: of its keys ({', '.join(keys)}) "
+                        f"{', '.join(missing)} is missing")
+
+
+def _place(args):
+    data = Path(args.data)
+    return (data.with_suffix("") if data.suffix == ".hdf5" else data) / "args.json"
+
+
+def recall(args):
+    """Where this arm worked in an earlier session with this data: box_center and home, where args names no other."""
+    stored = read_args(_place(args).parent) if _place(args).exists() else {}
+    center, home = stored.get("box_center"), stored.get("home")
+    if stored.get("robot") != args.robot or not center or not home:
+        return
+    if args.box_center is None or list(args.box_center) == center:
+        args.box_center, args.home = tuple(center), args.home or tuple(home)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A full disk is one line, and the arm goes to rest. h5py also raises RuntimeError, and tells a whole story."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        why = re.search(r"error message = '([^']*)'|()\Z", str(error))[1] or str(error).splitlines()[0]
+        raise UserError(f"cannot write {path} ({why}): what was there before is whole") from error
+
+
+def remember(args):
+    """For later sessions, beside the recorded episodes: what a recording or else the first training works with."""
+    path = _place(args)
+    if args.home is None or (args.role != "record" and (path.exists() or not path.parent.is_dir())):
+        return
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps({"args": asdict(args)}, indent=1).encode())
 
 
 def open_eyes(args, cameras):

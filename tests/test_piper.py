@@ -118,6 +118,39 @@ def test_a_round_trip_of_every_frame(pair):
     np.testing.assert_allclose([seen[key] for key in KEYS], [sent[key] for key in KEYS], atol=1e-9)
 
 
+def test_holding_keeps_the_grip_on_what_is_between_the_fingers(pair):
+    fake, arm = pair
+    take, fake.opening = fake.take, 30_000
+
+    def held(number, data):
+        take(number, data)
+        fake.opening = max(fake.opening, 30_000)                                    # 30 mm wide
+    fake.take = held
+    arm.connect()
+    assert struct.unpack(">i", fake.sent(0x159)[-1][:4]) == (30_000,)               # nothing was commanded before
+    arm.send_action(action([*START[:6], 0.01]))
+    time.sleep(0.1)
+    assert arm.get_observation()["gripper.pos"] == pytest.approx(0.03)
+    for way in (arm.hold, arm.disconnect):
+        count = len(fake.sent(0x159))
+        way()
+        assert [struct.unpack(">i", data[:4])[0] for data in fake.sent(0x159)[count:]] == [10_000]
+
+
+def test_an_arm_in_its_teach_mode_is_not_taken_from_who_leads_it(pair):
+    fake, arm = pair
+    arm.connect()
+    time.sleep(0.1)
+    fake.mode = 2
+    time.sleep(0.1)
+    count = len(fake.log)
+    with pytest.raises(RuntimeError, match="left CAN control"):
+        arm.hold()
+    arm.disconnect()
+    time.sleep(0.05)
+    assert not arm.is_connected and not [number for number, _ in fake.log[count:]]
+
+
 def test_targets_are_clipped_and_what_was_sent_is_returned(pair):
     fake, arm = pair
     arm.connect()

@@ -72,7 +72,7 @@ class Scene:
 
     def __init__(self, fake, events, at=None, release=False, limit=12):
         self.args = parse(["train", *TOY, *(["--release"] * release), "--episode-limit", str(limit)], "")
-        self.arm = PiperArm(fake.channel, bus="virtual", timeout=1.0, rest=REST + [0.05, 0, 0, 0, 0, 0])
+        self.arm = PiperArm(fake.channel, bus="virtual", timeout=1.0, rest=REST + [0.15, 0, 0, 0, 0, 0])
         self.asked, self.at = 0, at or {}
         self.keypad = Pad(events)
         self.rig = robot.Rig(self.args, self.arm, Senses(self.arm, self.arm.kinematics, Pace(True)), self.keypad, None,
@@ -189,7 +189,7 @@ def test_record_and_eval_through_the_command_line(fake, tmp_path, monkeypatch, c
     args = parse(["train", *TOY, *wires, *where], "")
     Logbook.create(tmp_path / "run", dataclasses.asdict(args) | {"method": "robot"}, robot.COLUMNS, False).close()
     assert Learner(args, layout(args.task, SIZES)).pretrain(lambda one: one.save(tmp_path / "run" / "last.pt"))
-    rows = robot.main(["eval", "--run-dir", str(tmp_path / "run"), "--episodes", "2"])
+    rows = robot.main(["eval", "--run-dir", str(tmp_path / "run"), "--episodes", "2", "--recover"])     # it is at rest
     assert [row["success"] for row in rows] == [True, False] and "success 1 of 2" in capsys.readouterr().out
     assert fake.enabled and not power_cut(fake)
 

@@ -1,0 +1,147 @@
+"""Mistakes around an arm are one line, told before it moves or with it left in order; a plain LeRobot arm works."""
+import errno
+import sys
+
+import numpy as np
+import pytest
+
+import robot
+from arms.episodes import Take, numbered
+from arms.keypad import ScriptedPad
+from arms.senses import JOINTS
+from arms.settings import open_arm, parse
+from logbook import UserError
+from test_robot_care import TOY, Person, Plain, ahead, plain, space
+
+
+def test_a_power_cut_that_the_driver_cannot_do_is_refused_at_once():
+    with pytest.raises(UserError, match="--release: the driver of sim cannot cut"):
+        open_arm(parse(["record", *TOY, "--release"], ""))
+
+
+def test_recordings_go_to_a_folder_not_to_a_file():
+    with pytest.raises(UserError, match="--data my.hdf5 is a file"):
+        parse(["record", *TOY, "--data", "my.hdf5"], "")
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError(
+    "Can't close file (file write failed: errno = 28, error message = 'No space left on device', buf = 0)")])
+def test_a_full_disk_is_one_line_and_the_arm_goes_to_rest(fault, tmp_path, monkeypatch, capfd):
+    where = ["--data", str(tmp_path / "demos"), "--run-dir", str(tmp_path / "run")]
+    robot.main(["record", *TOY, "--episodes", "1", *where])
+
+    def full(*_):
+        raise fault
+    monkeypatch.setattr(Take, "save", full)
+    for command in (["record", "--episodes", "2"], ["train", "--episodes", "1", "--episode-limit", "5"]):
+        with pytest.raises(UserError, match="cannot write .*episode_0000.*No space left on device.: what"):
+            robot.main([command[0], *TOY, *command[1:], *where])
+        assert "did not go to rest" not in capfd.readouterr().err
+    monkeypatch.setattr(robot, "merge", full)
+    with pytest.raises(UserError, match="cannot write .*demos.hdf5.*No space left"):
+        robot.main(["record", *TOY, "--episodes", "1", *where])
+
+
+class Hand:
+    """Tele-operates an arm with keys of its own; `speaks` when it is asked."""
+
+    keys, speaks, features = ("shoulder_pan.pos", "gripper.pos"), True, None
+
+    def __init__(self):
+        if self.features is not None:
+            self.action_features = dict.fromkeys(self.features, float)
+
+    def connect(self):
+        pass
+
+    def get_action(self):
+        if not self.speaks:
+            raise ConnectionError("silent")
+        return dict.fromkeys(self.keys, 0.0)
+
+
+@pytest.mark.parametrize("speaks, features, refused", [
+    (True, None, True), (False, None, False), (False, ("shoulder_pan.pos",), True),
+    (False, (*JOINTS, "gripper.pos"), False)])
+def test_an_operator_of_another_kind_is_told_before_anything_moves(speaks, features, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hands", sys.modules[__name__])
+    monkeypatch.setattr(Hand, "speaks", speaks)
+    monkeypatch.setattr(Hand, "features", features)
+    args = parse(["record", *TOY, "--teleop", "hands:Hand"], "")
+    if not refused:
+        assert open_arm(args)[1] is not None
+        return
+    with pytest.raises(UserError, match="hands:Hand leads another kind of arm.*joint_1.pos"):
+        open_arm(args)
+
+
+def test_an_operator_that_changes_its_keys_ends_in_one_line():
+    rig, arm = plain(Person(space), teleop=Hand())
+    with pytest.raises(UserError, match="the operator's arm is lost.*joint_1.pos"), rig:
+        rig.episode(None, 0)
+    assert np.allclose(arm.sent[-1], arm.rest, atol=1e-3)
+
+
+def test_a_success_without_a_step_is_not_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(robot, "open_keypad", lambda name: ScriptedPad(["success"] + [None] * 5 + ["success", "quit"]))
+    robot.main(["record", *TOY, "--keypad", "terminal", "--episodes", "2", "--data", str(tmp_path / "demos")])
+    told = capsys.readouterr().out
+    assert len(numbered(tmp_path / "demos")) == 1
+    assert "0 of 2 recorded, 1 tried" in told and "1 of 2 recorded, 2 tried" in told and "2 of 2" not in told
+
+
+def test_the_box_of_recordings_that_are_one_file(tmp_path):
+    robot.main(["record", *TOY, "--episodes", "1", "--data", str(tmp_path / "demos")])
+    boxes = []
+    for data in ("demos", "demos.hdf5"):
+        args = parse(["train", *TOY, "--box-from-demos", "--data", str(tmp_path / data)], "")
+        rig, _ = plain(Person(space))
+        rig.args = args
+        with rig:
+            boxes.append(rig.guard.box)
+    np.testing.assert_array_equal(*boxes)
+    rig.args = parse(["train", *TOY, "--box-from-demos", "--data", str(tmp_path / "none")], "")
+    with pytest.raises(UserError, match="no recorded episodes"), rig:
+        pass
+
+
+def test_eval_takes_the_run_by_either_name(tmp_path):
+    where = ["--data", str(tmp_path / "demos"), "--run-dir", str(tmp_path / "run")]
+    robot.main(["record", *TOY, "--episodes", "1", *where])
+    robot.main(["train", *TOY, "--episodes", "1", "--episode-limit", "5", *where])
+    for name in ("--run-dir", "--resume"):
+        args = parse(["eval", name, where[3]], "")
+        assert (args.role, args.run_dir, args.hidden, args.episodes) == ("eval", where[3], 32, 20)
+        assert len(robot.main(["eval", name, where[3], "--episodes", "1"])) == 1
+    assert parse(["train", "--resume", where[3]], "").role == "train"
+
+
+def test_a_keypad_is_opened_by_the_name_that_was_given(monkeypatch):
+    opened = []
+    monkeypatch.setattr(robot, "open_arm", lambda args: (Plain(False), None))
+    monkeypatch.setattr(robot, "open_keypad", lambda name: opened.append(name) or ScriptedPad())
+    for name in ("auto", "/dev/input/by-id/usb-autoid-event-kbd"):
+        with robot.session(parse(["train", *TOY, "--keypad", name], "")):
+            pass
+    assert opened == ["terminal", "/dev/input/by-id/usb-autoid-event-kbd"]
+
+
+@pytest.mark.realtime
+def test_an_arm_without_a_stamp_is_as_fresh_as_its_reading():
+    """LeRobot's protocol has none."""
+    rig, arm = plain(Person(space), realtime=True)
+    get = arm.get_observation
+    arm.get_observation = lambda: {name: value for name, value in get().items() if name != "stamp"}
+    with rig:
+        take = rig.episode(ahead, 0)
+    assert take.steps == 10 and take.dropped == 0
+
+
+def test_a_key_pressed_before_the_question_is_no_answer_to_it():
+    """A success that came with the last step, too late to count, must not label whatever is asked."""
+    person, pressed = Person(space), ["success"]
+    person.forget = pressed.clear
+    rig, _ = plain(person)
+    with rig:
+        take = rig.episode(lambda obs: pressed.append("success") or ahead(obs), 0)
+        assert take.outcome == "timeout" and pressed == []
