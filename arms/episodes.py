@@ -190,9 +190,8 @@ def reach(paths):
 def merge(paths, out):
     """One file of many, atomically: what robomimic's own SequenceDataset opens. Returns its path."""
     import h5py
-    out = Path(out)
-    partial, total, keys = out.with_name(f".{out.name}.part"), 0, []
-    with h5py.File(partial, "w") as file:
+    out, total, keys = Path(out), 0, []
+    with hdf5.replacing(out) as file:
         data = file.create_group("data")
         for path in paths:
             with _whole(path), h5py.File(path, "r") as source:
@@ -204,5 +203,4 @@ def merge(paths, out):
                     total += int(source["data"][name].attrs["num_samples"])
         data.attrs["total"] = total
         file.create_dataset("mask/train", data=np.array(keys, dtype="S"))
-    partial.replace(out)
     return out

@@ -6,6 +6,7 @@ Shapes: T steps of a demonstration, N steps of the file, D observation, A action
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from importlib.metadata import version
@@ -21,23 +22,38 @@ def save(path, task: Task, env_args: dict, episodes: list[dict]) -> Path:
     Atomic: a reader finds the old file or the whole new one. Each episode: obs (T+1, D), action, success, states, seed,
     and if it wants extra (rows per step) and failed (over without a success, and not because time was up).
     """
+    path = Path(path)
+    with replacing(path) as file:
+        data = file.create_group("data")
+        data.attrs["env_args"] = json.dumps(env_args, sort_keys=True)
+        data.attrs["task"] = task.name
+        data.attrs["mujoco_version"] = version("mujoco")
+        data.attrs["total"] = sum(len(episode["action"]) for episode in episodes)
+        for index, episode in enumerate(episodes):
+            _save_episode(data.create_group(f"demo_{index}"), task, episode)
+        keys = [f"demo_{index}" for index in range(len(episodes))]
+        file.create_dataset("mask/train", data=np.array(keys, dtype="S"))
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """
+    An h5py file that takes the place of `path` once it is whole and on the disk. It is built in memory: on a full disk
+    HDF5 would leave a broken file and crash when Python ends.
+    """
     import h5py
 
-    path = Path(path)
+    with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
+        yield file
+        file.flush()
+        image = file.id.get_file_image()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with h5py.File(partial, "w") as file:
-            data = file.create_group("data")
-            data.attrs["env_args"] = json.dumps(env_args, sort_keys=True)
-            data.attrs["task"] = task.name
-            data.attrs["mujoco_version"] = version("mujoco")
-            data.attrs["total"] = sum(len(episode["action"]) for episode in episodes)
-            for index, episode in enumerate(episodes):
-                _save_episode(data.create_group(f"demo_{index}"), task, episode)
-            keys = [f"demo_{index}" for index in range(len(episodes))]
-            file.create_dataset("mask/train", data=np.array(keys, dtype="S"))
-        with open(partial, "rb") as handle:
+        with open(partial, "wb") as handle:
+            handle.write(image)
+            handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, path)
         folder = os.open(path.parent, os.O_RDONLY)
@@ -47,7 +63,6 @@ def save(path, task: Task, env_args: dict, episodes: list[dict]) -> Path:
             os.close(folder)
     finally:
         partial.unlink(missing_ok=True)
-    return path
 
 
 def _save_episode(group, task: Task, episode: dict) -> None:

@@ -5,6 +5,9 @@
 Not here: episodes without holes, their numbers, what is refused (test_robot_runs.py, test_robot_care.py).
 """
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,3 +84,32 @@ def test_a_finished_episode_survives_a_power_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
     played(1).save(tmp_path / "one.hdf5", TASK, False)
     assert calls == ["fsync", "replace", "fsync"]
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import test_episodes as t
+from arms.episodes import merge
+folder = Path(sys.argv[1])
+t.played(1).save(folder / "one.hdf5", t.TASK, False)
+whole = (folder / "one.hdf5").read_bytes()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+for write in (lambda: t.played(9).save(folder / "one.hdf5", t.TASK, False),
+              lambda: merge([folder / "one.hdf5"], folder / "all.hdf5")):
+    try:
+        write()
+    except OSError as error:
+        print(error.strerror)
+assert (folder / "one.hdf5").read_bytes() == whole and [path.name for path in folder.iterdir()] == ["one.hdf5"]
+"""
+
+
+def test_a_full_disk_is_an_ordinary_error_and_leaves_what_was_there(tmp_path):
+    """Not HDF5's, which accuses the file that is read, leaves half of one and ends Python with a crash."""
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", FULL.format(paths=[str(here), str(here.parent)]), str(tmp_path)],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "File too large\n" * 2), done.stderr
