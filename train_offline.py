@@ -94,6 +94,7 @@ def parse(cls, argv=None):
         if getattr(args, name, None) not in (getattr(defaults, name, None), "auto"):
             raise UserError(f"{known.resume} was begun with {name} {getattr(defaults, name)}: it cannot go on with "
                             f"{getattr(args, name)}")
+    args.preset = defaults.preset if args.preset == "auto" else args.preset      # a run's own, on any machine
     return args
 
 

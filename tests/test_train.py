@@ -234,6 +234,8 @@ def test_the_online_setting_has_no_stage_one(demo_file, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_is_evaluated_with_its_own_arguments(uninterrupted, capsys):
+    for flag in ("--eval", "--resume"):
+        assert train_offline.parse(train_online.Args, [flag, str(uninterrupted), "--preset", "auto"]).preset == "cpu"
     train_online.main(["--eval", str(uninterrupted), "--final-episodes", "1"])
     printed = capsys.readouterr().out
     assert "acting from the policy: success" in printed and "acting from the posterior: success" in printed
