@@ -113,6 +113,8 @@ class DSRL:
 
     @staticmethod
     def check(args):
+        if args.setting == "online":
+            raise UserError("dsrl steers a cloned policy and never changes it: it needs stage I, no --setting online")
         if args.rollouts and args.variant == "dsrl-sac":
             raise UserError("dsrl-sac learns from the noise it acted with, which --rollouts do not report")
 

@@ -12,9 +12,9 @@ step; the drift along the score, scaled by 1/K, is K times too small to keep the
 wider. Other than there: rewards are POCO's, whose values are 100 times smaller (theirs: r - 1, +5 on success), so
 --bc-weight is too; demonstrations are in the replay (it starts empty); the critic warms up with a frozen policy;
 --prompts states of a batch with --group chains (all 256 with 32); only the finished chunk is clipped to [-1, 1] (also
-every step's mean), where the critic sees it; tau and the critic's rate are those of the other methods here; chunks are
-cut at an episode's end and kept. Not here: learnt noise, a second TD step on successes, chi2's ceiling and part in the
-target, cosine rates, weight decay.
+every step's mean), where the critic sees it; tau and the critic's rate are those of the other methods here; chunks
+are cut at an episode's end and kept; --pessimism is not used. Not here: learnt noise, a second TD step on successes,
+chi2's ceiling and part in the target, cosine rates, weight decay.
 Shapes: B batch, P prompts, G chains of each, K flow steps, H chunk, A action, D observation, M critic heads.
 """
 import bisect
@@ -28,7 +28,7 @@ import torch
 
 import train_online
 from chunk_critic import critic_loss, ema_update, td_target
-from logbook import cli
+from logbook import UserError, cli
 from train_offline import Acting
 from train_online import LoopArgs, adam, autocast, make_critic, minimise
 
@@ -133,6 +133,11 @@ class OGPO:
     name = "ogpo-ca"
     stats = ("q_spread", "agree", "ratio", "bc", "clip_frac", "critic", "q_data", "target")
     modes, collects = ("policy", "chain"), "chain"
+
+    @staticmethod
+    def check(args):
+        if args.chi2 > 0 and args.heads < 2:
+            raise UserError("--chi2 goes by how far the critics disagree: it needs --heads of at least 2")
 
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock, self.device = args, policy, clock, policy.obs_mean.device

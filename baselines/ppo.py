@@ -7,8 +7,8 @@ probability of chains that led to more than V expected. An iteration: --num-envs
 chunks each, then --epochs passes over them, then the chunks are thrown away. The first rollouts, those that began
 before --warmup-steps, train V only. An environment step of any environment counts as one, as in the other methods.
 The environments are stepped one after the other in this process, which keeps resuming exact; the policy is called
-once for all of them. Of train_online.py's flags --heads, --tau, --policy-tau, --capacity and --updates-per-step are
-not used.
+once for all of them. Of train_online.py's flags --heads, --pessimism, --tau, --policy-tau, --capacity, --demo-share and
+--updates-per-step are not used; they run in float32.
 
 Other than in the authors' code (github.com/irom-princeton/dppo, github.com/ReinFlow/ReinFlow): success ends an episode;
 a time-out bootstraps from the value of its own last observation and no trace runs on into the next episode (theirs took

@@ -10,7 +10,8 @@ Other than in the authors' code (github.com/ikostrikov/rlpd), mostly as in QC's 
 target is the mean of all heads without an entropy bonus (RLPD: the minimum of two random heads, with it; --subset 2
 --entropy-backup); one update per environment step (RLPD: 20 critic updates); --hidden x --layers SiLU networks like the
 other methods here (RLPD: 2x256 ReLU); warm-up steps act from the untrained policy and train the critic (RLPD: uniform
-actions, no update); the initial temperature fits POCO's reward scale (RLPD: 1); --policy-tau is not used.
+actions, no update); the initial temperature fits POCO's reward scale (RLPD: 1); --policy-tau and
+--pessimism are not used; it runs in float32.
 
 Shapes: B batch, H chunk, A action, D observation, M critic heads.
 """

@@ -79,6 +79,7 @@ def main():
               "cores": os.cpu_count(), "torch": torch.__version__, "threads": speed.threads,
               "steps": speed.steps, "modes": rows}
     out = Path(speed.out or f"benchmarks/rollouts-{speed.preset}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n")
 
 

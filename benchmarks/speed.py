@@ -20,7 +20,7 @@ import torch
 import tyro
 
 import envs
-from logbook import Clock, UserError, cli
+from logbook import Clock, UserError, check_numbers, cli
 from replay import Batch
 from train_offline import Acting, make_policy, preset_defaults, setup
 from train_online import POCO, Args
@@ -151,6 +151,7 @@ def environment_rates(task, rounds=4):
 
 def main():
     speed = tyro.cli(Speed, description=__doc__)
+    check_numbers(speed, {"threads": 0})
     args = preset_defaults(Args, "lift", speed.preset)
     args.preset, args.threads = speed.preset, speed.threads
     if unknown := set(speed.tasks) - set(envs.TASKS):
@@ -175,6 +176,7 @@ def main():
     for task, rates in report["env_steps_per_second"].items():
         print(f"{task}: " + ", ".join(f"{rate:.0f} env steps/s {way}" for way, rate in rates.items()))
     out = Path(speed.out or f"benchmarks/speed-{speed.preset}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -29,6 +29,8 @@ def main(folders):
     if not folders or folders[0].startswith("-"):
         raise UserError("give run folders: python -m benchmarks.summary RUN_DIR [RUN_DIR ...]")
     folders = [folder for folder in folders if (Path(folder) / "eval.csv").is_file()]
+    if not folders:
+        raise UserError("none of these folders holds an eval.csv")
     runs = {folder: read_run(folder)[1] for folder in folders}        # {acting: {step: (successes, episodes)}}
     steps = sorted({step for run in runs.values() for found in run.values() for step in found})
     print("| run | act | evaluated | " + " | ".join(f"{step:,.0f}" for step in steps) + " | 95 % interval at the end |")

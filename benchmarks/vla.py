@@ -84,7 +84,7 @@ def ways(policy, args):
 def main():
     args = tyro.cli(Args, description=__doc__)
     check_numbers(args, {})
-    usable_device(args.device)
+    args.device = usable_device(args.device).type
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     policy = build(args)
@@ -101,6 +101,7 @@ def main():
               "seconds": seconds, "gain_over_per_candidate": gains["per_candidate"],
               "gain_over_no_caching": gains["no_caching"]}
     out = Path(args.out or f"benchmarks/vla-{args.size}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n")
     print(f"{weights / 1e6:.1f} M weights, N x K = {args.num_candidates} x {args.flow_steps}: "
           + ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in seconds.items())

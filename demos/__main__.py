@@ -33,8 +33,8 @@ class Args:
 
 def main(args: Args) -> None:
     if args.check is not None:
-        path = args.data or newest(args.check)
-        print(f"{path}: {check(args.check, path, args.episodes or 5)}. File and simulator agree.")
+        path, episodes = args.data or newest(args.check), 5 if args.episodes is None else args.episodes
+        print(f"{path}: {check(args.check, path, episodes)}. File and simulator agree.")
     elif args.task is None or args.out is None:
         raise ValueError("say what to make, --task TASK --out FILE, or what to check, --check TASK")
     elif args.directed and envs.get_task(args.task).suite != "ogbench":

@@ -13,6 +13,7 @@ import hashlib
 import http.client
 import os
 import re
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -22,6 +23,7 @@ from envs import Task
 
 TIMEOUT = 30.0  # seconds without a byte after which a server is given up
 ATTEMPTS = 3  # connections to a mirror that bring nothing new, before the next mirror
+PAUSE = 1.0  # seconds before a busy server is asked again
 BLOCK = 1 << 20
 
 
@@ -97,22 +99,27 @@ def _reason(error: Exception) -> str:
 
 def _fetch_from(url: str, partial: Path, progress: bool, timeout: float) -> None:
     """Fills `partial`, over several connections if need be."""
-    size, checksum = _announced(url, timeout)
-    failures = 0
+    failures, announced = 0, None
     while True:
         before = _length(partial)
         try:
+            size, checksum = announced = announced or _announced(url, timeout)
             _continue(url, partial, size, progress, timeout)
             break
-        except urllib.error.HTTPError:
-            raise
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException) as error:
             failures = 0 if _length(partial) > before else failures + 1
-            if failures >= ATTEMPTS:
+            if failures >= ATTEMPTS or not _passing(error):
                 raise
+            if isinstance(error, urllib.error.HTTPError):
+                time.sleep(PAUSE)
     if checksum is not None and _sha256(partial) != checksum:
         partial.unlink()
         raise ValueError("the file's checksum is wrong; it was thrown away")
+
+
+def _passing(error: Exception) -> bool:
+    """Whether the same request may be answered a moment later: a busy server's refusal, a broken connection."""
+    return not isinstance(error, urllib.error.HTTPError) or error.code >= 500 or error.code in (408, 429)
 
 
 def _announced(url: str, timeout: float) -> tuple[int | None, str | None]:
@@ -122,8 +129,10 @@ def _announced(url: str, timeout: float) -> tuple[int | None, str | None]:
     try:
         with urllib.request.urlopen(url.replace("/resolve/", "/raw/"), timeout=timeout) as response:
             text = response.read(1024).decode("utf-8", "replace")
-    except urllib.error.HTTPError:  # the file itself may be there
-        return None, None
+    except urllib.error.HTTPError as error:
+        if _passing(error):
+            raise
+        return None, None  # the file itself may be there
     size, checksum = re.search(r"^size (\d+)$", text, re.M), re.search(r"^oid sha256:([0-9a-f]{64})$", text, re.M)
     return (int(size[1]), checksum[1]) if size and checksum else (None, None)
 

@@ -120,6 +120,7 @@ def test_the_command_checks_and_says_so(lift, monkeypatch, capsys):
     (("--task", "lift"), "--out FILE"),
     (("--task", "lfit", "--out", "a.hdf5"), "unknown task 'lfit'; tasks: lift"),
     (("--task", "lift", "--out", "a.hdf5", "--episodes", 0), "at least one demonstration, got 0"),
+    (("--check", "lift", "--data", "a.hdf5", "--episodes", 0), "at least one demonstration to replay, got 0"),
     (("--task", "lift", "--out", "a.hdf5", "--directed"), "--directed is for OGBench's tasks"),
     (("--check", "lift", "--data", "none.hdf5"), "no demonstrations at none.hdf5"),
     (("--check", "lift", "--data", "folder"), "no demonstrations at folder"),

@@ -22,7 +22,7 @@ import torch
 import demos
 import distributed
 import train_online
-from baselines import dppo, dsrl, reinflow
+from baselines import dppo, dsrl, ogpo, reinflow
 from counter import HORIZON, LIMIT, Actor, Counter, Suicide
 from distributed import Rollouts, cluster, flat, play
 from logbook import UserError, load_checkpoint, save_checkpoint
@@ -323,8 +323,9 @@ def test_a_mistake_is_one_line(command, found):
 
 @pytest.mark.parametrize("method, flags, found", [
     (dppo, [], "no --rollouts"), (reinflow, [], "no --rollouts"),
-    (dsrl, ["--variant", "dsrl-sac"], "learns from the noise")])
-def test_methods_that_must_know_how_they_acted_refuse_workers_before_anything_runs(tmp_path, method, flags, found):
+    (dsrl, ["--variant", "dsrl-sac"], "learns from the noise"), (dsrl, ["--setting", "online"], "it needs stage I"),
+    (ogpo, ["--chi2", "1", "--heads", "1"], "--heads of at least 2")])
+def test_methods_refuse_what_they_cannot_do_before_anything_runs(tmp_path, method, flags, found):
     with pytest.raises(UserError, match=found):
         method.main(["--preset", "cpu", *flags, "--rollouts", "1", "--run-dir", str(tmp_path / "run"),
                      "--data", str(tmp_path / "none.hdf5")])

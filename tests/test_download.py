@@ -23,6 +23,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, kind = self.server, self.path.split("/")[1]
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
         server.seen.append((kind, start))
+        if kind == "busy" and server.seen.count((kind, start)) in server.busy:
+            return self.send_error(503)
         if "/raw/" in self.path:
             return self.answer(200, server.record.encode())
         if kind == "gone":
@@ -82,6 +84,17 @@ def test_a_server_that_stalls_is_asked_again(server, tmp_path):
     server.patience = 2
     assert fetch([server.url("stall")], tmp_path / "a.bin", **FAST).read_bytes() == CONTENT
     assert [start for _, start in server.seen] == [0, 200_000]
+
+
+@pytest.mark.parametrize("busy", [(1,), (2,), (1, 3)])  # the record's server, then the file's; both
+def test_a_busy_server_is_asked_again(server, tmp_path, monkeypatch, busy):
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+    server.busy = busy
+    assert fetch([server.url("busy", "resolve")], tmp_path / "a.bin", **FAST).read_bytes() == CONTENT
+    assert len(server.seen) == 2 + len(busy)
+    server.busy = range(100)
+    with pytest.raises(DownloadError, match="503"):
+        fetch([server.url("busy", "resolve")], tmp_path / "b.bin", **FAST)
 
 
 def test_an_interrupted_download_is_continued_by_the_next_run(server, tmp_path, monkeypatch):
