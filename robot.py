@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from arms.episodes import Take, following, layout, length, merge, numbered, outcome, reach, refuse_loss
-from arms.guard import Guard
+from arms.guard import NEAR, Guard
 from arms.keypad import HELP, open_keypad
 from arms.kinematics import Kinematics
 from arms.learner import STATS, Background, Learner, trained
@@ -157,7 +157,7 @@ class Rig:
             self.guard.start(view.joints, view.gripper)
         except UserError:
             self.guard.joints, self.guard.gripper = np.clip(view.joints, self.guard.low, self.guard.high), view.gripper
-            if not self.args.recover or np.abs(self.guard.joints - view.joints).max() > 0.05:  # a wrong zero lies
+            if not self.args.recover or np.abs(self.guard.joints - view.joints).max() > NEAR:  # a wrong zero lies
                 raise                                                                          # about where the tool is
             goal, missing, where = home, 0.0, "start"
             if home is None:

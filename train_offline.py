@@ -90,11 +90,11 @@ def parse(cls, argv=None):
         defaults = preset_defaults(cls, task, resolve_preset(preset)[0], setting)
         defaults.preset = preset
     args = tyro.cli(cls, args=argv, default=defaults, description=sys.modules[cls.__module__].__doc__)
+    args.preset = defaults.preset if args.preset == "auto" else args.preset      # a run's own, on any machine
     for name in KEPT if known.resume else ():
-        if getattr(args, name, None) not in (getattr(defaults, name, None), "auto"):
+        if getattr(args, name, None) != getattr(defaults, name, None):
             raise UserError(f"{known.resume} was begun with {name} {getattr(defaults, name)}: it cannot go on with "
                             f"{getattr(args, name)}")
-    args.preset = defaults.preset if args.preset == "auto" else args.preset      # a run's own, on any machine
     return args
 
 

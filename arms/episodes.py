@@ -191,7 +191,7 @@ def merge(paths, out):
     """One file of many, atomically: what robomimic's own SequenceDataset opens. Returns its path."""
     import h5py
     out, total, keys = Path(out), 0, []
-    with hdf5.replacing(out) as file:
+    with hdf5.building(out) as file:
         data = file.create_group("data")
         for path in paths:
             with _whole(path), h5py.File(path, "r") as source:

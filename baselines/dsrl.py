@@ -85,7 +85,7 @@ class ChunkMemory:
         self.steps += 1
         if ended or self.steps == args.horizon:
             longer = args.discount ** (self.steps - args.horizon)          # fewer steps to bootstrap over
-            self.replay.add(self.obs, np.append(noise, longer), self.reward, move.next_obs, move.terminated,
+            self.replay.add(self.obs, np.append(noise.cpu(), longer), self.reward, move.next_obs, move.terminated,
                             move.truncated)
             self.steps = 0
 
@@ -137,7 +137,7 @@ class DSRL:
 
     def observe(self, move):
         if self.memory is not None:
-            self.memory.add(move, self.steered.noise.cpu())
+            self.memory.add(move, self.steered.noise)
 
     def draw(self, replay, batch_size, generator):
         return (self.memory or replay).sample(batch_size, generator)

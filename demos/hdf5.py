@@ -23,7 +23,7 @@ def save(path, task: Task, env_args: dict, episodes: list[dict]) -> Path:
     and if it wants extra (rows per step) and failed (over without a success, and not because time was up).
     """
     path = Path(path)
-    with replacing(path) as file:
+    with building(path) as file:
         data = file.create_group("data")
         data.attrs["env_args"] = json.dumps(env_args, sort_keys=True)
         data.attrs["task"] = task.name
@@ -37,10 +37,10 @@ def save(path, task: Task, env_args: dict, episodes: list[dict]) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
+def building(path: Path):
     """
-    An h5py file that takes the place of `path` once it is whole and on the disk. It is built in memory: on a full disk
-    HDF5 would leave a broken file and crash when Python ends.
+    An h5py file that becomes `path` at the end. It is built in memory: on a full disk HDF5 would leave a broken file
+    and crash when Python ends.
     """
     import h5py
 
@@ -48,11 +48,18 @@ def replacing(path: Path):
         yield file
         file.flush()
         image = file.id.get_file_image()
+    with replacing(path) as handle:
+        handle.write(image)
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A binary file that takes the place of `path` once it is whole and on the disk. Processes do not share it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(partial, "wb") as handle:
-            handle.write(image)
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, path)

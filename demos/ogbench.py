@@ -16,7 +16,6 @@ PlayEnv.reset(seed, options={"directed": directed}) and the recorded actions rep
 """
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 
 import envs
 from demos import control
+from demos.hdf5 import replacing
 
 ROWS = 1001  # states of a trajectory
 # Range, per trajectory, of the probability that a cube's errand is to be put on another cube.
@@ -224,16 +224,8 @@ def _in_sight(cube: np.ndarray) -> bool:
 def save(path, columns: dict[str, np.ndarray]) -> Path:
     """Atomic: a reader finds the old file or the whole new one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(partial, "wb") as handle:
-            np.savez_compressed(handle, **columns)  # 30-45% smaller for 1% of the time it took to make
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as handle:
+        np.savez_compressed(handle, **columns)  # 30-45% smaller for 1% of the time it took to make
     return path
 
 

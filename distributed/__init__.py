@@ -27,7 +27,7 @@ import torch
 from torch import multiprocessing
 
 import envs
-from arms.learner import flat, unflatten
+from arms.pipe import flat, unflatten
 from logbook import UserError
 
 PATIENCE = 3                                   # deaths in a row without an episode that a worker is forgiven

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from arms.episodes import digest, numbered
-from arms.learner import Acting, Learner, networks, serve, unflatten
+from arms.learner import Acting, Learner, networks, serve
+from arms.pipe import unflatten
 from logbook import Interrupt, UserError, load_checkpoint, replacing
 
 from .cluster import TIMEOUT, connect, make_hub
