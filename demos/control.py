@@ -1,15 +1,23 @@
 """
-OGBench's control law, operation for operation and to the last bit, without its objects (see benchmarks/README.md).
+What OGBench computes around the physics in a step of play, operation for operation and to the last bit, without its
+objects (see benchmarks/README.md).
 
-    direct(simulator)      # after each reset: replaces simulator.set_control
+    direct(simulator)                           # after each reset: replaces simulator.set_control
+    oracle.compute_plan = partial(plan, oracle)
+    seen = look(simulator, task)                # all that following a plan and recording it take
+    advance(simulator, action, seen)            # a step, nothing looked at
+    observe(task, recording)                    # the observations of a whole trajectory at once
 
 An action moves the gripper's pinch by (x, y, z), turns it about the vertical and opens or closes it; inverse kinematics
 finds the joints. OGBench makes an object of every rotation on the way; here a rotation is four floats. Used where a
 million steps are made (demos/ogbench.py); training steps the simulator too rarely to need it (envs.py).
 """
 import math
+from bisect import bisect
 
 import numpy as np
+
+CENTER = np.array([0.425, 0.0, 0.0])  # metres; observations count from here, in 10 cm
 
 
 def direct(simulator) -> None:
@@ -27,8 +35,8 @@ def direct(simulator) -> None:
     def set_control(action):
         action = simulator.unnormalize_action(action)
         mujoco.mju_mat2Quat(here, turn)
-        aim = _times(_times(_about_z(action[3]), _about_z(_yaw(here.tolist()))), up)
-        aim = _times(_about_z(_yaw(aim)), down)  # only the turn about the vertical stays
+        aim = _times(_times(_about_z(float(action[3])), _about_z(float(_yaw(here.tolist())))), up)
+        aim = _times(_about_z(float(_yaw(aim))), down)  # only the turn about the vertical stays
         moved = place + action[:3]
         np.clip(moved, low, high, out=moved)
         moved += _times(_times(aim, offset), _inverse(aim))[1:]  # from the pinch to the flange
@@ -45,29 +53,93 @@ def _inverse_kinematics(ik):
 
     model, data, (site,), damping = ik._model, ik._data, ik._site_ids, ik._damping
     place, turn, jacobian, error = data.site_xpos[site], data.site_xmat[site], np.empty((6, model.nv)), np.empty(6)
-    here, off = np.empty(4), np.empty(4)
+    here, off, moved, turned, lines, angles = np.empty(4), np.empty(4), error[:3], error[3:], jacobian[:3], jacobian[3:]
 
     def solve(position, quaternion, joints, iterations=20, threshold=1e-4):
         data.qpos[:] = joints
         for _ in range(iterations):
             mujoco.mj_kinematics(model, data)
-            np.subtract(position, place, out=error[:3])
+            np.subtract(position, place, out=moved)
             mujoco.mju_mat2Quat(here, turn)
             mujoco.mju_negQuat(here, here)
             mujoco.mju_mulQuat(off, quaternion, here)
-            mujoco.mju_quat2Vel(error[3:], off, 1.0)
-            if all(math.sqrt(part.dot(part)) <= threshold for part in (error[:3], error[3:])):
+            mujoco.mju_quat2Vel(turned, off, 1.0)
+            if math.sqrt(max(moved.dot(moved), turned.dot(turned))) <= threshold:
                 break
             mujoco.mj_comPos(model, data)  # for the Jacobian
-            mujoco.mj_jacSite(model, data, jacobian[:3], jacobian[3:], site)
+            mujoco.mj_jacSite(model, data, lines, angles, site)
             update = jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + damping, error)
-            largest = np.abs(update).max()
+            largest = max(map(abs, update.tolist()))
             if largest > ik._max_angle_change:
                 update *= ik._max_angle_change / largest
             mujoco.mj_integratePos(model, data.qpos, update, 1.0)
         return data.qpos
 
     return solve
+
+
+def look(simulator, task) -> dict:
+    """What an oracle follows its plan by, under OGBench's names, and what observe() makes observations of."""
+    import mujoco
+
+    data, pinch, here = simulator._data, simulator._pinch_site_id, np.empty(4)
+    mujoco.mju_mat2Quat(here, data.site_xmat[pinch])
+    touch = np.linalg.norm(data.body("ur5e/robotiq/right_pad").cfrc_ext)
+    opening = data.qpos[simulator._gripper_opening_joint_id] / 0.8
+    seen = {"time": [data.time], "qpos": data.qpos.copy(), "qvel": data.qvel.copy(), "contact": [min(touch / 50, 1.0)],
+            "proprio/effector_pos": data.site_xpos[pinch].copy(), "proprio/effector_yaw": [_yaw(here.tolist())],
+            "proprio/gripper_opening": [min(max(opening, 0.0), 1.0)]}
+    if task.goal.buttons:
+        seen["button_states"], first = simulator._cur_button_states.copy(), 14 + 7 * len(task.goal.cubes)
+        seen |= {f"privileged/button_{i}_pos": seen["qpos"][first + i, None] for i in range(len(task.goal.buttons))}
+    return seen
+
+
+def advance(simulator, action, seen) -> None:
+    """A step from the state that was `seen`; action (5,) in [-1, 1]."""
+    import mujoco
+
+    simulator._prev_ob_info = seen  # a button is pressed when it gets from above to below a height
+    simulator.set_control(action)
+    mujoco.mj_step(simulator._model, simulator._data, nstep=simulator._n_steps)
+    mujoco.mj_rnePostConstraint(simulator._model, simulator._data)  # contact forces
+    simulator.post_step()
+
+
+def observe(task, seen) -> np.ndarray:
+    """The observations (T, D) of T states, from the columns of look()."""
+    cubes, buttons, slides = map(len, task.goal)
+    qpos, qvel, turn = seen["qpos"], seen["qvel"], seen["proprio/effector_yaw"]
+    parts = [qpos[:, :6], qvel[:, :6], (seen["proprio/effector_pos"] - CENTER) * 10.0, np.cos(turn), np.sin(turn),
+             seen["proprio/gripper_opening"] * 3.0, seen["contact"]]
+    for i in range(cubes):
+        place, rotation = np.split(qpos[:, 14 + 7 * i : 21 + 7 * i], [3], axis=1)
+        turn = _yaw(rotation.T)[:, None]
+        parts += [(place - CENTER) * 10.0, rotation, np.cos(turn), np.sin(turn)]
+    joints, speeds = qpos[:, 14 + 7 * cubes :, None], qvel[:, 14 + 6 * cubes :, None]
+    for i in range(buttons):
+        parts += [np.eye(2)[seen["button_states"][:, i]], joints[:, i] * 120.0, speeds[:, i]]
+    for i, scale in zip(range(buttons, buttons + slides), (18.0, 15.0)):  # drawer, window
+        parts += [joints[:, i] * scale, speeds[:, i]]
+    return np.concatenate(parts, axis=1)
+
+
+def plan(oracle, times, poses, grasps) -> np.ndarray:
+    """PlanOracle.compute_plan: from keyframes to (steps, 5) poses of the pinch, with noise. All turns are vertical."""
+    from scipy.ndimage import gaussian_filter1d
+
+    steps, places, turns = [0.0], np.array([pose.translation() for pose in poses]), [pose.rotation() for pose in poses]
+    while steps[-1] + oracle._env_dt < oracle._t_max:
+        steps.append(steps[-1] + oracle._env_dt)
+    between = [float((one.inverse() @ other).log()[2]) for one, other in zip(turns, turns[1:])]  # radians
+    turns, yaws = [turn.wxyz.tolist() for turn in turns], []
+    for time in steps:
+        i = bisect(times, time) - 1
+        share = min(max((time - times[i]) / (times[i + 1] - times[i]), 0.0), 1.0)
+        yaws.append(_yaw(_times(turns[i], _about_z(share * between[i]))))
+    columns = [*(np.interp(steps, times, column) for column in places.T), yaws, np.interp(steps, times, grasps)]
+    noise = np.random.normal(0, 1, size=(len(steps), 5)) * np.array([0.05, 0.05, 0.05, 0.3, 1.0]) * oracle._noise
+    return np.stack(columns, axis=1) + gaussian_filter1d(noise, axis=0, sigma=oracle._noise_smoothing)
 
 
 # Rotations as quaternions (w, x, y, z), summed in OGBench's order.
@@ -92,6 +164,6 @@ def _about_z(angle: float):
     return float(np.cos(0.5 * size)), 0.0, 0.0, float(np.sin(0.5 * size) / size) * angle
 
 
-def _yaw(rotation) -> float:
+def _yaw(rotation):
     w, x, y, z = rotation
-    return float(np.arctan2(2 * (w * z + x * y), 1 - 2 * (y**2 + z**2)))
+    return np.arctan2(2 * (w * z + x * y), 1 - 2 * (y**2 + z**2))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +58,9 @@ class PlayEnv(envs.OGBenchEnv):
 
     def _save_time(self):
         # Play is made by the million steps, and much of a step is OGBench's Python. Bitwise the same trajectories come
-        # without its rotation objects, a second look at what is solved, and, where nothing is drawn, the colours that
-        # would tell it.
+        # without its rotation objects and, where nothing is drawn, the colours that would tell what is solved.
         simulator = self.simulator
         control.direct(simulator)
-        simulator.compute_reward = float
         if self.render_mode is None:
             for name in [name for name in vars(simulator) if name.endswith("_geom_ids_list")]:
                 setattr(simulator, name, [()] * len(getattr(simulator, name)))
@@ -127,10 +126,13 @@ def _make_oracles(task, simulator) -> dict:
 
     options = dict(env=simulator, noise_smoothing=0.5)
     fist = {"gripper_always_closed": True} if task.name.startswith("puzzle") else {}
-    return {
+    oracles = {
         "cube": cube_plan.CubePlanOracle(**options), "button": button_plan.ButtonPlanOracle(**fist, **options),
         "drawer": drawer_plan.DrawerPlanOracle(**options), "window": window_plan.WindowPlanOracle(**options),
     }
+    for oracle in oracles.values():
+        oracle.compute_plan = partial(control.plan, oracle)
+    return oracles
 
 
 def _play(env: PlayEnv, oracles: dict, rng, directed: bool, count: int) -> dict[str, np.ndarray]:
@@ -138,31 +140,39 @@ def _play(env: PlayEnv, oracles: dict, rng, directed: bool, count: int) -> dict[
     simulator, rows, seed = env.simulator, [], int(rng.integers(2**31))
     p_stack = rng.uniform(*STACKING.get(env.task.name, (0.5, 0.5)))
     noise = rng.uniform(0.1, 0.4) if directed else 0.1
-    obs, _ = env.reset(seed=seed, options={"directed": directed})
+    env.reset(seed=seed, options={"directed": directed})
     for one in oracles.values():
         one._noise = noise
     oracle, solved, errand = None, False, directed  # whether an errand is to be handed out
     while len(rows) < count:
         if errand:
-            simulator.forget()  # the reading names the errand
             simulator.set_new_target(return_info=False, p_stack=p_stack)
             if directed:
                 _send_to_goal(simulator, env.task, rng)
             oracle = None
-        info = simulator.compute_ob_info()
         if oracle is None:
+            simulator.forget()  # the reading names the errand
+            info = simulator.compute_ob_info()
             oracle = oracles[info["privileged/target_task"]]
-            oracle.reset(obs, info)
-        action = np.clip(oracle.select_action(obs, info), -1.0, 1.0).astype(np.float32)
-        row = {"observations": obs, "actions": action, "qpos": info["qpos"], "qvel": info["qvel"]}
-        rows.append(row | ({"button_states": info["button_states"]} if "button_states" in info else {}))
+            oracle.reset(None, info)
+        seen = control.look(simulator, env.task)
+        action = np.clip(oracle.select_action(None, seen), -1.0, 1.0).astype(np.float32)
+        rows.append(seen | {"actions": action})
         if solved:
             break
-        obs, _, success, _, _ = env.step(action)
-        solved, errand = directed and success, oracle.done
-    dtypes = {"button_states": np.int8}
-    columns = {key: np.array([row[key] for row in rows], dtypes.get(key, np.float32)) for key in rows[0]}
-    return columns | {"terminals": np.arange(len(rows)) == len(rows) - 1, "seeds": np.array([seed])}
+        control.advance(simulator, action.astype(np.float64), seen)
+        buttons = getattr(simulator, "_cur_button_states", None)
+        solved = directed and env.task.met(simulator._data.qpos, buttons).all()
+        errand = oracle.done
+    return _columns(env.task, rows) | {"seeds": np.array([seed])}
+
+
+def _columns(task, rows: list[dict]) -> dict[str, np.ndarray]:
+    columns = {key: np.array([row[key] for row in rows]) for key in rows[0] if not key.startswith("privileged")}
+    columns |= {"observations": control.observe(task, columns), "terminals": np.arange(len(rows)) == len(rows) - 1}
+    dtypes = {key: np.float32 for key in ("observations", "actions", "qpos", "qvel")}
+    dtypes |= {"button_states": np.int8, "terminals": bool}
+    return {key: columns[key].astype(dtype) for key, dtype in dtypes.items() if key in columns}
 
 
 def _send_to_goal(simulator, task, rng) -> None:

@@ -1,4 +1,4 @@
-"""What is left out of OGBench's steps, and its control law written out, change no bit of what it computes."""
+"""What is left out of OGBench's steps, and what of them is written out, change no bit of what it computes."""
 import numpy as np
 import pytest
 
@@ -75,3 +75,56 @@ def test_rotations_are_ogbenchs_own():
         assert np.array_equal((other @ third).wxyz, control._times(other.wxyz.tolist(), third.wxyz.tolist()))
         assert np.array_equal(other.inverse().wxyz, control._inverse(other.wxyz.tolist()))
         assert other.compute_yaw_radians() == control._yaw(other.wxyz.tolist())
+
+
+@pytest.mark.parametrize("task", ["cube-triple", "scene", "puzzle-3x3"])
+def test_a_step_without_looking_is_a_step_and_what_is_seen_is_ogbenchs_own_reading(task):
+    """Along play, so that buttons get pressed and something is touched, against simulator.step() in a second world."""
+    task = envs.TASKS[task]
+    ours, own = ogbench.PlayEnv(task), OwnWay(task)
+    ours.reset(seed=3), own.reset(seed=3)
+    oracles, info, oracle = ogbench._make_oracles(task, ours.simulator), ours.simulator.compute_ob_info(), None
+    kept, observations, touched = [], [], []
+    np.random.seed(0)
+    for _ in range(75):
+        seen = control.look(ours.simulator, task)
+        if oracle is None:
+            oracle = oracles["button" if task.goal.buttons else "cube"]
+            oracle.reset(None, info)
+        action = np.clip(oracle.select_action(None, seen), -1, 1)
+        info = own.simulator.compute_ob_info()
+        assert all(np.array_equal(seen[key], info[key]) for key in seen if key != "contact")
+        assert np.array_equal(oracle.select_action(None, info), oracle.select_action(None, seen))
+        kept.append(seen), observations.append(own.simulator.compute_observation())
+        touched.append(info["proprio/gripper_contact"][0])
+        control.advance(ours.simulator, action, seen), own.simulator.step(action)
+    columns = {key: np.array([seen[key] for seen in kept]) for key in seen if not key.startswith("privileged")}
+    assert np.array_equal(control.observe(task, columns), observations)
+    assert max(touched) > 0 and (not task.goal.buttons or np.ptp(columns["button_states"], axis=0).any())
+    ours.close(), own.close()
+
+
+@pytest.mark.parametrize("task", ["cube-double", "scene"])
+def test_plans_are_ogbenchs_own(task):
+    from ogbench.manipspace.oracles.plan.plan_oracle import PlanOracle
+
+    env, told = ogbench.PlayEnv(envs.TASKS[task]), []
+    for seed in range(4):
+        env.reset(seed=seed)
+        info = env.simulator.compute_ob_info()
+        kinds = ["button", "drawer", "window"] if task == "scene" else []
+        for kind, oracle in ogbench._make_oracles(envs.TASKS[task], env.simulator).items():
+            if kind not in ("cube", *kinds):
+                continue
+            oracle._noise = (0.1, 0.4)[seed % 2]
+            np.random.seed(seed)
+            oracle.reset(None, info)
+            ours, after = oracle._plan, np.random.rand()
+            del oracle.compute_plan  # the class's own again
+            np.random.seed(seed)
+            oracle.reset(None, info)
+            assert np.array_equal(ours, oracle._plan) and after == np.random.rand(), (seed, kind)
+            assert type(oracle).compute_plan is PlanOracle.compute_plan
+            told.append(kind)
+    assert len(told) == 4 * (1 + len(kinds))
+    env.close()
