@@ -34,7 +34,7 @@ from replay import ChunkReplay
 
 @dataclass
 class Args:
-    task: str = "lift"                # which task; `envs.py` lists them
+    task: str = "lift"                # lift, can, square, scene, puzzle-3x3, cube-double or cube-triple
     preset: Literal["auto", "cpu", "paper"] = "auto"  # paper: Tables II/III to the letter; cpu: minutes on a laptop
     seed: int = 0                     # of demonstrations, networks, batches and training episodes
     data: str | None = None           # file of demonstrations; default: made (cpu), found, downloaded or made (paper)

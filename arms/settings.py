@@ -26,7 +26,8 @@ from logbook import UserError, check_numbers, read_args, replacing, usable_devic
 
 from .senses import JOINTS
 
-# Table III: episode limit and box (cm). Table V: the last two, on a vision-language backbone; sizes of its head: ours.
+# Table III: episode limit and box (cm). Table V: the last two, on a vision-language backbone; its head's sizes, cloning
+# rate and capacity: ours. zeta is in neither table: from digests of the paper.
 VLA = dict(episode_limit=200, box_size=(40, 40, 40), horizon=10, batch_size=64, online_learning_rate=5e-5,
            warmup_updates=2000, num_candidates=16, clip=0.01, backbone="tiny", learning_rate=1e-4, capacity=20_000)
 TASKS = {"pick-cube": dict(episode_limit=200, box_size=(40, 40, 30)),
@@ -49,7 +50,7 @@ LEAST = dict(temperature=1e-6, clip=0.0, guidance=0.0, pessimism=0.0, seed=0, ep
 @dataclass
 class Args:
     role: tyro.conf.Positional[Literal["record", "train", "eval"]] = "train"  # demonstrations; stages I and II; test
-    task: str = "insert-usb"          # Table III and V: limits and sizes follow
+    task: str = "insert-usb"          # pick-cube, route-cable, insert-usb, assemble-ssd, pick-pen or hang-keychain
     preset: Literal["auto", "paper", "cpu"] = "auto"  # paper: the tables to the letter; auto: paper if there is a GPU
     robot: str = "sim"                # sim, piper or package.module:Class
     options: tuple[str, ...] = ()     # NAME=VALUE ... for the driver's constructor, such as channel=can1
@@ -96,7 +97,7 @@ class Args:
     num_candidates: int = 32          # N
     temperature: float = 0.001        # eta
     guidance: float = 1.0             # beta
-    clip: float = 0.1                 # zeta (Table III: 0.08 to 0.1)
+    clip: float = 0.1                 # zeta (digests of the paper: 0.08 to 0.1)
     pessimism: float = 0.0            # standard deviations taken from the mean of the critic's heads
     discount: float = 0.99            # gamma
     tau: float = 0.005                # rate of the target critic's moving average
@@ -126,6 +127,8 @@ def parse(argv, description):
     tests = argv[:1] == ["eval"]
     if tests:                                                                  # as it was trained
         folder = given.resume or given.run_dir or f"runs/{task}-robot-s{given.seed or 0}"
+        if {"-h", "--help"} & set(argv) and not Path(folder).exists():
+            folder = None                                                      # nothing is trained yet: the task's
     if folder is not None:
         names = {field.name for field in fields(Args)}
         known = {name: value for name, value in read_args(folder, method="robot").items() if name in names}

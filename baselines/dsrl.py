@@ -1,6 +1,6 @@
 """DSRL, diffusion steering via RL (Wagenmaker et al., "Steering your diffusion policy", arXiv 2506.15799).
 
-    python -m baselines.dsrl --task lift                       # DSRL-NA, noise aliasing: the authors' choice
+    python -m baselines.dsrl --task lift                       # DSRL-NA, the authors' choice; 12 minutes
     python -m baselines.dsrl --task lift --variant dsrl-sac    # soft actor-critic on noise alone
 
 The cloned flow F(s, w) stays as it is. A squashed Gaussian learns which noise w in [-b, b] to feed it, by soft
@@ -35,7 +35,7 @@ from .rlpd import TanhGaussian, Temperature
 
 @dataclass
 class Args(LoopArgs):
-    variant: Literal["dsrl-na", "dsrl-sac"] = "dsrl-na"
+    variant: Literal["dsrl-na", "dsrl-sac"] = "dsrl-na"  # two critics, or one of noise alone
     noise_bound: float = 1.5          # b, the noise actor's range in every cell
     num_noises: int = 8               # noises per state in each update of Q^W (ours)
     init_temperature: float = 0.01    # alpha at the start (ours)

@@ -35,7 +35,7 @@ from train_online import LoopArgs, adam, autocast, make_critic, minimise
 
 @dataclass
 class Args(LoopArgs):
-    variant: Literal["ogpo-ca", "ogpo-plus", "ogpo"] = "ogpo-ca"
+    variant: Literal["ogpo-ca", "ogpo-plus", "ogpo"] = "ogpo-ca"  # ca, plus: clone successes; ca: critics must agree
     heads: int = 10                   # critic heads
     policy_tau: float = 0.005         # rate of the moving average that imagines the chains and acts
     actor_learning_rate: float = 1e-4  # Adam, policy (ours)

@@ -47,7 +47,7 @@ class Args(LoopArgs):
     epochs: int = 10                  # passes over an iteration's chunks, --batch-size at a time
     policy_learning_rate: float = 1e-5  # Adam (ours); V has --online-learning-rate
     value_hidden: int = 256           # width of V's hidden layers
-    value_layers: int = 3
+    value_layers: int = 3             # hidden layers of V
     gae_lambda: float = 0.95          # per chunk
     ratio_clip: float = 0.01          # the ratio, a mean over cells in its exponent, counts within 1 -+ this
     target_kl: float = 1.0            # an iteration stops when its chain has moved this far, in nats

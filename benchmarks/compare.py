@@ -65,11 +65,11 @@ COLUMNS = ("method", "acting", "seed", "step", "successes", "episodes", "seconds
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--task", default="lift")
+    parser.add_argument("--task", default="lift", help="default lift")
     parser.add_argument("--methods", help=f"of {', '.join(METHODS)}; each may carry its own flags; default poco,qc")
     parser.add_argument("--ablation", choices=ABLATIONS, help="instead of --methods: POCO with values of this argument")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3, help="how many, default 3")
+    parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from here, default 0")
     parser.add_argument("--out", help="where the results go, without an ending; default runs/compare-<task>, or "
                         "runs/<ablation>-<task>")
     parser.add_argument("--finished", action="store_true", help="run nothing: show the finished runs alone")

@@ -26,6 +26,8 @@ def seconds(folder):
 
 
 def main(folders):
+    if {"-h", "--help"} & set(folders):
+        return print(__doc__)
     if not folders or folders[0].startswith("-"):
         raise UserError("give run folders: python -m benchmarks.summary RUN_DIR [RUN_DIR ...]")
     folders = [folder for folder in folders if (Path(folder) / "eval.csv").is_file()]

@@ -6,6 +6,8 @@ from . import UserError, cli, curve
 
 def main():
     folders = sys.argv[1:]
+    if {"-h", "--help"} & set(folders):
+        return print(__doc__)
     if not folders or folders[0].startswith("-"):
         raise UserError("give at least one run folder: python -m logbook RUN_DIR [RUN_DIR ...]")
     print(curve(*folders))

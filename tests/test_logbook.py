@@ -485,3 +485,10 @@ def test_curve_of_a_run_without_rows_is_an_empty_picture_and_of_no_run_an_error(
     assert len(colors(curve(book.folder))) > 1
     with pytest.raises(UserError, match="not a run folder"):
         curve(tmp_path)
+
+
+@pytest.mark.parametrize("module", ["logbook", "benchmarks.summary"])
+def test_help_is_the_docstring_and_no_error(module):
+    out = subprocess.run([sys.executable, "-m", module, "--help"], cwd=Path(logbook.__file__).parents[1],
+                         capture_output=True, text=True)
+    assert out.returncode == 0 and f"python -m {module}" in out.stdout and not out.stderr

@@ -105,6 +105,13 @@ def test_the_box_of_recordings_that_are_one_file(tmp_path):
         pass
 
 
+def test_help_for_eval_needs_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        parse(["eval", "--task", "pick-cube", "--help"], "")
+    assert end.value.code == 0 and "default: pick-cube" in capsys.readouterr().out
+
+
 def test_eval_takes_the_run_by_either_name(tmp_path):
     where = ["--data", str(tmp_path / "demos"), "--run-dir", str(tmp_path / "run")]
     robot.main(["record", *TOY, "--episodes", "1", *where])
