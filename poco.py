@@ -1,6 +1,6 @@
 """POCO, Posterior Optimization with Clipped Objective: policy improvement as posterior inference (paper Sec. IV).
 
-    python poco.py                                   # draws bandit.png: the whole idea on a 2-D action space
+    python poco.py                                   # bandit.png, 15 seconds: the idea on a 2-D action space
     from poco import e_step, m_step_loss
     candidates, weights, stats = e_step(policy, q_fn, context, num_candidates=32, temperature=0.001)
     loss, stats = m_step_loss(policy, context, chunk, valid, candidates, weights, guidance=1.0, clip=0.15)
@@ -103,6 +103,7 @@ def m_step_loss(policy, context, chunk: Tensor, valid: Tensor | None, candidates
     bc = policy.cfm_loss(context, chunk.unsqueeze(1), valid=valid).mean()
     if guidance == 0:
         return bc, {"bc": bc.detach()}
+    # no mask (the authors' code takes the chunk's): a candidate's steps are all real
     losses = policy.cfm_loss(context, candidates.detach())                               # (B, N)
     surrogate = clipped_surrogate(losses, weights, clip).mean()
     beta = guidance

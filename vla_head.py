@@ -268,7 +268,7 @@ class Learner:
 
 @dataclass
 class Args:
-    task: str = "lift"                # a robosuite task of envs.py
+    task: str = "lift"                # lift, can or square
     preset: Literal["cpu", "paper"] = "cpu"  # paper: Table V, needs --backbone; cpu: minutes on a laptop
     backbone: str | None = None       # folder of a SmolVLM or PaliGemma; None: a tiny random one
     instruction: str | None = None    # what the model is told; default: the task's own
@@ -296,11 +296,11 @@ class Args:
     policy_tau: float = 1.0           # rate of the actor's moving average; 1: the newest weights
     num_candidates: int = 16          # N (Table V)
     temperature: float = 0.001        # eta (Table V)
-    guidance: float = 1.0             # beta (Table V)
-    clip: float = 0.01                # zeta (Table V)
+    guidance: float = 1.0             # beta (digests of the paper)
+    clip: float = 0.01                # zeta (digests of the paper)
     reward_offset: float = 0.0        # added to every reward
     warmup_steps: int = 2000          # first environment steps: only the critic learns (Table V)
-    online_steps: int = 15_000        # environment steps, warm-up included (Table V)
+    online_steps: int = 15_000        # environment steps, warm-up included (Table VI)
     steps_per_update: int = 1         # environment steps per gradient update
     capacity: int = 20_000            # online transitions kept
     eval_every: int = 3000            # environment steps

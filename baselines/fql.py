@@ -1,6 +1,6 @@
 """FQL, Flow Q-learning (Park, Li and Levine, arXiv 2502.02538), and QC-FQL, its action-chunk form (arXiv 2507.07969).
 
-    python -m baselines.fql --task lift                        # QC-FQL: chunks of H actions
+    python -m baselines.fql --task lift                        # QC-FQL: chunks of H actions; 5 minutes
     python -m baselines.fql --task lift --variant fql          # FQL: single actions (horizon 1, its own stage I)
 
 Two policies. The flow clones the replay and never meets the critic. The one-step policy mu(s, z) maps noise to a chunk

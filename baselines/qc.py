@@ -1,6 +1,6 @@
 """QC, Q-chunking (Li, Zhou and Levine, "Reinforcement Learning with Action Chunking", arXiv 2507.07969).
 
-    python -m baselines.qc --task lift                        # flags, presets, run folder: those of train_online.py
+    python -m baselines.qc --task lift                        # 12 minutes; flags and folders: train_online.py's
     python -m baselines.qc --resume runs/lift-qc-s0
 
 The policy only clones the replay; reinforcement learning is a choice among its samples. To act, and to bootstrap, draw

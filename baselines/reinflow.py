@@ -10,8 +10,9 @@ bonus on the noise's entropy. At the end the noise network is thrown away: the f
 Other than in the authors' code (github.com/ReinFlow/ReinFlow), besides what ppo.py lists: both passes use the times
 k/K (theirs: one of the samplers used another grid than the likelihood); the noise is not truncated at three
 deviations; x_0's density, which cancels, is left out; the entropy is the exact one of the Gaussian steps, a mean over
-cells; the bounds of the noise and the learning rates stay constant; the noise network sees the time itself, not an
-embedding; no distance to the cloned flow. Not here: the rollouts, GAE, the clipped loss (ppo.py).
+cells; the bounds of the noise and the learning rates stay constant; --epochs is DPPO's 10 (theirs: 5); the noise
+network sees the time itself, not an embedding; no distance to the cloned flow. Not here: the rollouts, GAE, the clipped
+loss (ppo.py).
 
 Shapes: B batch, K flow steps, n of them, H chunk, A action, D observation.
 """

@@ -1,6 +1,6 @@
 """RLPD, RL with prior data (Ball, Smith, Kostrikov and Levine, arXiv 2302.02948), and its action-chunk form RLPD-AC.
 
-    python -m baselines.rlpd --task lift                       # RLPD-AC: chunks of H actions
+    python -m baselines.rlpd --task lift                       # RLPD-AC: chunks of H actions; 11 minutes
     python -m baselines.rlpd --task lift --variant rlpd        # single actions, as published
 
 Soft actor-critic that never clones anything: half of every batch comes from the demonstrations and half from its own
