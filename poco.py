@@ -26,9 +26,10 @@ q*, which is why the particle weights use exp(Q/eta) alone.
 
 What surrounds it. Eq. 9-12: a trajectory's KL is the sum of its steps', and by the chain rule a whole chunk's KL is at
 least that of its first action, so a bound that pays for chunks stays a bound; E- and M-step raise it in turn. Eq. 15:
-the M-step maximises E_q*[log pi] and keeps pi near the last policy. Eq. 18-21: pi has no likelihood, but its
-flow-matching loss stands for -log pi up to a constant and, up to another, for that KL on samples of the last policy;
-replayed chunks take their place (Eq. 22), which makes the second task plain behaviour cloning: the anchor.
+the M-step maximises E_q*[log pi] less lambda times the KL from the last policy. Eq. 18-21: pi has no likelihood, but
+its flow-matching loss stands for -log pi up to a constant and, up to another, for that KL on samples of the last
+policy; replayed chunks take their place (Eq. 22), which makes the second task plain behaviour cloning: the anchor. Its
+price lambda is gone: Eq. 22 and 23 weigh the first task instead, by beta.
 
 Shapes: B batch, N candidates, H chunk length, A action. The sample axis is always 1.
 """

@@ -9,7 +9,7 @@ observation in the replay. The head is a small diffusion transformer (AdaLN) ove
 cross-attends to the backbone's hidden states. N candidates are folded into the query axis against keys and values that
 are projected once per `sample` and never expanded, so N x K head steps share one prefix. `VLAFlowHead` inherits the
 sampler and the loss of flow_policy.FlowPolicy: poco.e_step and poco.m_step_loss see no difference. The critic is
-chunk_critic.ChunkCritic on pooled features and proprioception. `transformers` is imported only when a backbone is made.
+chunk_critic.ChunkCritic on pooled features (paper: a ResNet's) and proprioception. `transformers` is imported late.
 Not here: pi0.5, SmolVLA and GR00T with their own heads (arms/adapters/), tuning the backbone, a real arm (robot.py).
 
 Shapes: B batch, V views, S image side, L tokens, W their width, P proprioception, N candidates, H chunk, A action,
