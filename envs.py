@@ -95,7 +95,7 @@ def _ogbench_task(name, obs_dim, episode_limit, description, goal, paper, cpu, c
 
 
 # Tables I and III, `clip` from digests and the authors' code; Lift and the cubes were online only: Table II and, ours,
-# pre-training steps. `cpu` is ours; the critic's errors decide long tasks: pessimism, the posterior acts, finds them.
+# pre-training steps. `cpu` is ours: the critic's errors decide long tasks, hence pessimism and the posterior acting.
 _BINARY = dict(pretrain_steps=500_000, temperature=0.001, clip=0.15)
 _COUNT = dict(pretrain_steps=500_000, temperature=0.1, clip=0.3)
 _HARD = dict(act="posterior", heads=5, pessimism=1.0, tau=0.02, warmup_steps=5000, online_steps=20_000,
