@@ -69,6 +69,18 @@ def finish(device):
     return time.perf_counter()
 
 
+class PhaseClock(Clock):
+    """On a GPU a phase ends when its work does; waiting for that makes an update slower, so those timed do not."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def _charge(self):
+        finish(self.device)
+        super()._charge()
+
+
 def updates(speed, args, agent, device):
     """Median seconds of an update, of its phases, and its share of the product rate."""
     dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
@@ -79,13 +91,15 @@ def updates(speed, args, agent, device):
     batch = Batch(*(value.to(device) for value in batch))
     for _ in range(3):
         agent.update(batch, warmup=False)
-    agent.clock.split()
     seconds, rates = [], []
     for _ in range(speed.updates):
         rates.append(matmul_rate(args, device, dtype))
         start = finish(device)
         agent.update(batch, warmup=False)
         seconds.append(finish(device) - start)
+    agent.clock = PhaseClock(device)
+    for _ in range(speed.updates):
+        agent.update(batch, warmup=False)
     phases = {name: value / speed.updates for name, value in agent.clock.split().items()}
     flops = update_flops(args, obs_dim, action_dim)
     share = np.median([sum(flops.values()) / s / r for s, r in zip(seconds, rates)])

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+from benchmarks.speed import PhaseClock
 from logbook import Clock, Interrupt, Logbook, Progress, Report
 
 
@@ -78,6 +79,17 @@ def test_clock_counts_every_second_once(monkeypatch):
         work(5)
     assert clock.split() == {"env": 5}
     assert clock.split() == {}
+
+
+def test_the_benchmarks_clock_charges_a_gpus_work_to_the_phase_that_asked_for_it(monkeypatch):
+    now, asked = [0.0], [0.0]                        # a GPU that works while somebody waits for it
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: (now.append(now.pop() + asked.pop()), asked.append(0.0)))
+    for clock, charged in (PhaseClock(torch.device("cuda")), {"critic": 3.0, "e-step": 4.0}), (Clock(), {}):
+        for phase, seconds in charged.items() or (("critic", 3.0), ("e-step", 4.0)):
+            with clock(phase):
+                asked[0] += seconds
+        assert {name: value for name, value in clock.split().items() if value} == charged
 
 
 def test_progress_without_a_terminal_is_one_plain_line_per_interval(capsys, monkeypatch):
