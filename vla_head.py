@@ -31,13 +31,13 @@ from torch.nn import functional as F
 
 import demos
 import envs
-from arms.adapters.backbone import INSTRUCTIONS, Backbone, tiny_backbone
+from arms.adapters.backbone import INSTRUCTIONS, Backbone, fingerprint, tiny_backbone
 from arms.adapters.cost import cost
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from demos.views import Seeing, View, see_demonstrations
 from flow_policy import FlowPolicy
 from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, check_numbers, cli, curve, fitting,
-                     keep_rate, load_checkpoint, read_args, refuse_nonfinite, usable_device)
+                     keep_rate, load_checkpoint, plainly, read_args, refuse_nonfinite, usable_device)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
 
@@ -321,6 +321,7 @@ CPU = dict(demo_episodes=20, episode_limit=100, horizon=5, channels=64, layers=2
            warmup_steps=1000, online_steps=5000, steps_per_update=2, capacity=5000, eval_every=2500, threads=1)
 LEAST = dict(temperature=1e-6) | dict.fromkeys(("seed", "clip", "guidance", "pessimism", "sft_steps", "warmup_steps",
                                                 "online_steps", "threads"), 0)
+KEPT = ("task", "preset", "seed", "demo_episodes", "reward_offset", "view")             # by a resumed run
 PHASES = ("env", "critic", "e_step", "m_step", "eval")
 COLUMNS = ["warmup", "success", "episodes", "updates", "env_steps_per_s", "updates_per_s", *Learner.stats,
            *(f"time/{phase}" for phase in PHASES)]
@@ -339,43 +340,36 @@ def parse(argv=None) -> Args:
     names = {field.name for field in dataclasses.fields(Args)}
     default = Args(**{name: value for name, value in values.items() if name in names})
     args = tyro.cli(Args, args=argv, description=__doc__, default=default)
+    for name in KEPT if known.resume else KEPT[:1] if known.eval else ():
+        if getattr(args, name) != getattr(default, name):
+            raise UserError(f"{stored} was begun with {name} {getattr(default, name)}: it cannot go on with "
+                            f"{getattr(args, name)}")
     if args.preset == "paper" and args.backbone is None:
         raise UserError("--preset paper needs --backbone DIR, a SmolVLM or PaliGemma in from_pretrained's format; "
                         "--preset cpu makes a tiny random one")
-    if args.task not in envs.TASKS or envs.TASKS[args.task].suite != "robosuite":
-        raise UserError(f"no pictures of task '{args.task}': --task lift, can or square")
     check_numbers(args, LEAST)
-    if args.channels % args.heads:
-        raise UserError(f"--heads must divide --channels, got {args.heads} and {args.channels}")
+    if args.channels % math.lcm(args.heads, 2):
+        raise UserError(f"--heads, and 2, must divide --channels, got {args.heads} and {args.channels}")
     return args
 
 
 def make_policy(args, folder: Path) -> VLAFlowHead:
     """The backbone, loaded from a folder whether tiny or real, and a fresh head on it."""
     device = usable_device(args.device, mps=False)
-    source = args.backbone or (folder / "backbone" if (folder / "backbone" / "config.json").is_file() else
-                               tiny_backbone(folder / "backbone"))
+    own = folder / "backbone"
+    there = (args.resume or args.eval) and (own / "config.json").is_file()
+    source = args.backbone or (own if there else tiny_backbone(own))
     text = args.instruction or INSTRUCTIONS[args.task]
     backbone = Backbone.load(source, text, VIEWS, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return VLAFlowHead(backbone, backbone.length, backbone.width, STATE, envs.TASKS[args.task].action_dim, args.horizon,
                        args.channels, args.layers, args.heads, args.flow_steps).to(device)
 
 
-def open_view(args) -> View:
-    """Pictures of the task, in the world of the file that was named."""
-    try:
-        return View(args.view, args.task, env_args=demos.env_args(args.data) if args.data else None)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise UserError(str(error)) from error
-
-
 def demonstrations(args, view: View, policy: VLAFlowHead) -> dict:
     """Transitions whose observations are what `Seeing` gives; every state is encoded once."""
-    try:
+    with plainly():
         path = demos.obtain(args.task, "cpu", args.data, args.demo_episodes, args.seed, 1)
         data = see_demonstrations(view, path, args.demo_episodes, policy.observe, STATE)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise UserError(str(error)) from error
     return data | {"reward": data["reward"] + args.reward_offset}
 
 
@@ -416,7 +410,7 @@ class Run:
                     self.learner.actor.load_state_dict(self.learner.policy.state_dict())
                     save()
                     print(f"SFT {self.cloned}/{total}: loss {stats['bc']:.3f}, {time.time() - start:.0f} s", flush=True)
-        return self.cloned >= total
+        return not interrupt.stop and self.cloned >= total
 
     def batch(self):
         return self.replay.sample(self.args.batch_size, self.batch_rng)
@@ -504,7 +498,9 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    fresh, view = not (args.eval or args.resume), open_view(args)
+    fresh = not (args.eval or args.resume)
+    with plainly():                                                              # in the world of the file named
+        view = View(args.view, args.task, env_args=demos.env_args(args.data) if args.data else None)
     args.view = view.kind                                                        # a resumed run sees the same pictures
     folder = Path(args.eval or args.resume or args.run_dir or f"runs/{args.task}-vla-s{args.seed}")
     book = state = data = None
@@ -516,12 +512,16 @@ def main(argv=None):
     else:
         state = load_checkpoint(folder)
     policy = make_policy(args, folder)
+    digits = fingerprint(policy.backbone)
+    if args.resume and book.args.get("fingerprint", digits) != digits:
+        raise UserError(f"{folder} was begun with another --backbone or --instruction")
     print(f"task {args.task}: '{args.instruction or INSTRUCTIONS[args.task]}', preset {args.preset}, "
           f"{policy.device.type}, {VIEWS} views {view.kind}, seed {args.seed}", flush=True)
     if fresh:
         data = demonstrations(args, view, policy)
         policy.fit(data["obs"].to(policy.device))
-        book = Logbook.create(folder, dataclasses.asdict(args) | {"method": "vla"}, COLUMNS, overwrite=args.overwrite)
+        stored = dataclasses.asdict(args) | {"method": "vla", "fingerprint": digits}
+        book = Logbook.create(folder, stored, COLUMNS, overwrite=args.overwrite)
     learner, demo_steps = Learner(args, policy), len(data["obs"]) if fresh else state["run"]["replay"]["demos"]
     run, report = Run(args, learner, view, demo_steps), Report(book, learner.clock, PHASES)
     if fresh:

@@ -13,7 +13,7 @@ Shapes: L tokens, W their width, H and W pixels of a picture.
 """
 from __future__ import annotations
 
-import hashlib
+import math
 import sys
 import tempfile
 import time
@@ -21,7 +21,7 @@ import time
 import numpy as np
 import torch
 
-from arms.adapters.backbone import INSTRUCTIONS, Backbone, tiny_backbone
+from arms.adapters.backbone import INSTRUCTIONS, Backbone, fingerprint, tiny_backbone
 from logbook import UserError
 
 from .senses import PERIOD
@@ -79,17 +79,12 @@ def open_backbone(args, text, views):
         return Backbone.load(tiny_backbone(folder), text, views, *where)
 
 
-def fingerprint(backbone):
-    """Eight digits of the prompt and of some of every weight; bfloat16, so that a GPU and a CPU agree."""
-    digest = hashlib.sha256(backbone.prompt.numpy().tobytes())
-    for weight in backbone.model.parameters():
-        digest.update(weight.flatten()[:8].cpu().bfloat16().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:8]
-
-
 def head(args, task):
     """An untrained flow head without its model, for observations of this layout."""
     from vla_head import VLAFlowHead
     length, width = map(int, task.obs_keys[-1].split("_")[1].split("x"))
+    heads = max(args.channels // 32, 1)
+    if args.channels % math.lcm(heads, 2):
+        raise UserError(f"--channels must be even, from 64 on a multiple of 32, got {args.channels}")
     return VLAFlowHead(None, length, width, task.obs_dim - length * width, task.action_dim, args.horizon, args.channels,
-                       args.blocks, max(args.channels // 32, 1), args.flow_steps)
+                       args.blocks, heads, args.flow_steps)

@@ -2,7 +2,7 @@
 
     from logbook import Logbook, UserError, cli, curve, load_checkpoint, save_checkpoint       # this file, and others
     from logbook import Clock, Interrupt, Progress                                             # console.py
-    from logbook import check_numbers, usable_device                                           # errors.py
+    from logbook import check_numbers, plainly, usable_device                                  # errors.py
     from logbook import Report                                                                 # report.py
 
     book = Logbook.create("runs/lift-poco-s0", args, columns=["success", "time/env"])
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from .console import Clock, Interrupt, Progress       # noqa: F401, offered here so that one import is enough
-from .errors import UserError, check_numbers, cli, reason, usable_device                       # noqa: F401
+from .errors import UserError, check_numbers, cli, plainly, reason, usable_device              # noqa: F401
 from .report import Report                            # noqa: F401
 
 VERSION = 1                                           # of a checkpoint: raise it when old ones are no use
@@ -279,8 +279,9 @@ class Logbook:
         """Forget every row after `step`, so that a killed and resumed run leaves no row twice."""
         for name, header in (("progress.csv", self.columns), ("eval.csv", EVAL_COLUMNS)):
             # a row cut short by a kill has too few cells; it is from after the checkpoint anyway
-            rows = [row for row in _read_csv(self.folder / name)[1:]
-                    if len(row) == len(header) and float(row[0]) <= step]
+            with fitting(self.folder / name, "put it right, or start a new run"):
+                rows = [row for row in _read_csv(self.folder / name)[1:]
+                        if len(row) == len(header) and float(row[0]) <= step]
             with _writing(self.folder / name):
                 self._rewrite(name, header, rows)
         self.close()

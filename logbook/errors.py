@@ -1,9 +1,10 @@
 """Mistakes the user can repair: one sentence on stderr, exit code 2, no traceback.
 
-    from logbook import UserError, check_numbers, cli, usable_device
+    from logbook import UserError, check_numbers, cli, plainly, usable_device
 
 Not here: what a particular script refuses besides.
 """
+import contextlib
 import math
 import sys
 
@@ -46,6 +47,15 @@ def usable_device(name, mps=True):
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); --device auto takes "
                         f"{best}") from error
     return device
+
+
+@contextlib.contextmanager
+def plainly():
+    """Around files and simulators, whose errors say themselves what is wrong and what to do."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raise UserError(str(error)) from error
 
 
 def cli(main):

@@ -388,6 +388,14 @@ def test_resume_refuses_what_is_not_the_run_asked_for(book, tmp_path):
         Logbook.resume(book.folder, COLUMNS)
 
 
+def test_a_damaged_row_is_refused_by_the_name_of_its_file(book):
+    path = book.folder / "progress.csv"
+    book.log(10, success=0.1)
+    path.write_text(path.read_text().replace("10,", "1o,"))
+    with pytest.raises(UserError, match="progress.csv .*'1o'.* put it right"):
+        book.rewind(10)
+
+
 def test_full_disk_while_logging_is_the_users_error(book):
     with full_disk(30), pytest.raises(UserError, match="progress.csv: File too large"):
         book.log(0, success=0.5)

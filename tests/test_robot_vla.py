@@ -312,6 +312,13 @@ def test_a_mistake_is_one_line(seen, command, found, tmp_path):
         robot.main(["record", *TOY, "--no-realtime", "--data", str(tmp_path / "d"), *command])
 
 
+@pytest.mark.parametrize("channels", [33, 100])
+def test_a_width_that_no_heads_divide_is_refused(recorded, tmp_path, channels):
+    with pytest.raises(UserError, match=f"from 64 on a multiple of 32, got {channels}"):
+        train(tmp_path / "run", recorded, "--episodes", "1", "--channels", str(channels))
+    assert not list(tmp_path.iterdir())
+
+
 def test_table_five():
     for task in ("pick-pen", "hang-keychain"):
         args = Args(task=task, **TASKS[task])

@@ -2,7 +2,9 @@
 
     python -m pytest tests/test_vla_head.py
 """
+import contextlib
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -251,6 +253,12 @@ def test_paligemma_with_a_tokenizer_takes_the_same_path(tmp_path):
     images = pictures()["images"]
     hidden = backbone(images)
     assert hidden.shape == (B, 4 * V + 3, 64) and torch.isfinite(hidden).all()
+    (tmp_path / "tokenizer.json").write_text('{"trunc')
+    for path in (None, *tmp_path.glob("tokenizer*"), *tmp_path.glob("special*")):      # bytes would mean nothing to it
+        if path:
+            path.unlink()
+        with pytest.raises(UserError, match="--backbone .* has no usable tokenizer"):
+            Backbone.load(tmp_path, "lift cube", V)
     images[0, 1] = 255 - images[0, 1]
     assert ((backbone(images) - hidden).abs().amax((1, 2)) > 1e-4).tolist() == [True, False, False]
 
@@ -328,13 +336,44 @@ def test_the_paper_preset_is_table_five():
 
 
 @pytest.mark.parametrize("line, message", [
-    ("--preset paper", "needs --backbone DIR"), ("--task scene", "no pictures of task 'scene'"),
+    ("--preset paper", "needs --backbone DIR"), ("--task scene", "pictures of task 'scene' are not implemented"),
+    ("--task lfit", "unknown task 'lfit'"), ("--view drawn --run-dir /proc/none", "cannot write .*/proc/none/backbone"),
     ("--temperature 0", "--temperature must be at least 1e-06"), ("--batch-size 0", "--batch-size must be a number"),
-    ("--log-every 0", "--log-every must be a number greater"), ("--heads 3", "--heads must divide --channels, got 3"),
+    ("--log-every 0", "--log-every must be a number greater"), ("--heads 3", "2, must divide --channels, got 3"),
+    ("--heads 3 --channels 15", "2, must divide --channels, got 3 and 15"),
     ("--reward-offset nan", "--reward-offset must be a finite number"), ("--discount 2", "--discount is at most 1")])
 def test_mistakes_on_the_command_line_are_one_sentence(line, message):
     with pytest.raises(UserError, match=message):
-        vla_head.parse(line.split())
+        vla_head.main(line.split())
+
+
+@pytest.mark.parametrize("flags", ["--task can", "--preset paper", "--seed 1", "--demo-episodes 3", "--view auto",
+                                   "--reward-offset 0"])
+def test_a_resumed_run_keeps_what_its_replay_was_made_with(tmp_path, flags):
+    """An evaluation may look at other pictures, but is of the task that was learnt."""
+    stored = dataclasses.asdict(vla_head.parse([])) | {"method": "vla", "view": "drawn"}
+    (tmp_path / "args.json").write_text(json.dumps({"args": stored}))
+    name = flags.split()[0][2:].replace("-", "_")
+    with pytest.raises(UserError, match=f"was begun with {name} {stored[name]}: it cannot go on with "):
+        vla_head.parse(["--resume", str(tmp_path), *flags.split()])
+    assert vla_head.parse(["--resume", str(tmp_path), "--sft-steps", "7"]).sft_steps == 7
+    with pytest.raises(UserError, match="with task lift") if name == "task" else contextlib.nullcontext():
+        vla_head.parse(["--eval", str(tmp_path), "--backbone", "somewhere", *flags.split()])
+
+
+@pytest.mark.parametrize("where", ["clone", "save"])
+def test_a_signal_in_the_last_step_of_sft_is_obeyed(where):
+    """Not forgotten: evaluation and reinforcement learning would run on for hours."""
+    run, net = vla_head.Run.__new__(vla_head.Run), torch.nn.Linear(1, 1)
+    run.args, run.cloned, run.batch = SimpleNamespace(sft_steps=2), 0, lambda: None
+
+    def here(place):
+        if place == where and run.cloned == 2 - (place == "clone"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"bc": 0.0}
+    run.learner = SimpleNamespace(clone=lambda _: here("clone"), actor=net, policy=net)
+    assert not run.supervised(lambda: here("save")) and run.cloned == 2
+    assert run.supervised(lambda: None)
 
 
 @pytest.mark.sim
@@ -344,6 +383,8 @@ def test_lift_from_pictures_runs_and_resumes_exactly(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     line = ("--demo-episodes 1 --sft-steps 4 --warmup-steps 8 --eval-every 100 --eval-episodes 1 --episode-limit 10 "
             "--log-every 4 --save-every 100 --batch-size 4 --num-candidates 2 --view drawn --run-dir ").split()
+    (tmp_path / "whole/backbone").mkdir(parents=True)
+    (tmp_path / "whole/backbone/config.json").write_text("{")                      # a kill left half a backbone
     vla_head.main([*line, "whole", "--online-steps", "24"])
     text = capsys.readouterr().out
     assert "2 views drawn" in text and "updates/s" in text and "lower --num-candidates" in text
@@ -391,6 +432,11 @@ def test_lift_from_pictures_runs_and_resumes_exactly(tmp_path, monkeypatch, caps
     stored = json.loads((tmp_path / "part/args.json").read_text())
     assert load_checkpoint("part")["learner"]["actor_optimizer"]["param_groups"][0]["lr"] == 1e-7
     assert stored["args"]["actor_learning_rate"] == 1e-7 and stored["args"]["online_steps"] == 26
+    for other in (["--instruction", "lift the red cup!"], ["--backbone", str(tiny_backbone("other", seed=1))]):
+        with pytest.raises(UserError, match="begun with another --backbone or --instruction"):
+            vla_head.main(["--resume", "part", "--online-steps", "28", *other])
+    (tmp_path / "part/backbone").rename("moved")
+    vla_head.main(["--resume", "part", "--backbone", "moved"])
     with pytest.raises(UserError, match="nowhere"):                                # before anything is deleted
         vla_head.main([*line, "whole", "--overwrite", "--backbone", "nowhere"])
     assert load_checkpoint("whole")["step"] == 24

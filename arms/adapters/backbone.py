@@ -12,6 +12,7 @@ Shapes: B batch, V views, S image side, L tokens, W their width.
 """
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ PROMPTS = {"smolvlm": ("<|im_start|>User:", "<fake_token_around_image><global-im
                        "{}<end_of_utterance>\nAssistant:"),
            "paligemma": ("", "{}", "<bos>{}\n")}
 PROMPTS["idefics3"] = PROMPTS["smolvlm"]                   # the first SmolVLM checkpoints
+BYTES = 300                                                # words of a model of ours: the bytes, and the image's token
 
 
 class Backbone:
@@ -70,8 +72,13 @@ class Backbone:
                             "would stay random. Download the folder again")
         if model.config.model_type not in PROMPTS:
             raise UserError(f"--backbone {folder} is a {model.config.model_type}; known: {', '.join(PROMPTS)}")
-        has_words = (Path(folder) / "tokenizer_config.json").is_file()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_words else None
+        if model.config.text_config.vocab_size == BYTES:
+            return cls(model.to(device), instruction, views)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise UserError(f"--backbone {folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}. "
+                            "Download the folder again") from error
         return cls(model.to(device), instruction, views, tokenizer)
 
     def _prompt(self, instruction, tokenizer):
@@ -109,6 +116,14 @@ class Backbone:
         return out.last_hidden_state
 
 
+def fingerprint(backbone: Backbone) -> str:
+    """Eight digits of the prompt and of some of every weight; bfloat16, so that a GPU and a CPU agree."""
+    digest = hashlib.sha256(backbone.prompt.numpy().tobytes())
+    for weight in backbone.model.parameters():
+        digest.update(weight.flatten()[:8].cpu().bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
 def tiny_backbone(folder, width: int = 64, layers: int = 2, size: int = 64, seed: int = 0) -> Path:
     """Write a small random SmolVLM, 8 x 8 patches, where `Backbone.load` finds it; 0.13 M weights by default."""
     from transformers import SmolVLMConfig, SmolVLMModel
@@ -117,14 +132,17 @@ def tiny_backbone(folder, width: int = 64, layers: int = 2, size: int = 64, seed
     vision = dict(hidden_size=width // 2, intermediate_size=width, num_hidden_layers=layers, image_size=size,
                   num_attention_heads=2, patch_size=8)
     text = dict(model_type="llama", hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-                num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=300, pad_token_id=0)
+                num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=BYTES, pad_token_id=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SmolVLMModel(SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=299, scale_factor=2,
-                                           pad_token_id=0))
+        model = SmolVLMModel(SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=BYTES - 1,
+                                           scale_factor=2, pad_token_id=0))
         for name, weight in model.named_parameters():     # 0.02, the default, is for wide trained models: it would
             if weight.ndim > 1:                           # leave the place of a patch unreadable
                 scale = 0.5 if "embed" in name and weight.ndim == 2 else weight[0].numel() ** -0.5
                 nn.init.normal_(weight, std=scale)
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except Exception as error:                            # a full disk is an error of safetensors' own
+        raise UserError(f"cannot write a backbone to {folder} ({error}): name another folder") from error
     return Path(folder)
