@@ -76,7 +76,7 @@ def load(path, task=None, episodes: int | None = None) -> dict[str, np.ndarray]:
 
 def env_args(path, task=None) -> dict | None:
     """The simulator's arguments stored in a file, for envs.make_env(task, seed, env_args=...); None if it has none."""
-    return None if _is_ogbench(path, task) else hdf5.env_args(path)
+    return None if _is_ogbench(path, task) else hdf5.env_args(Path(path).expanduser())
 
 
 def _is_ogbench(path, task=None) -> bool:

@@ -42,7 +42,9 @@ class View:
         if self.task.suite != "robosuite":
             raise ValueError(f"pictures of task '{self.task.name}' are not implemented; robosuite's tasks have them")
         self.env_args, self._outlines, self.kind, self._sim = env_args, {}, kind, None
-        if kind == "auto":
+        if kind == "rendered":
+            self._simulator()
+        elif kind == "auto":
             try:
                 self.kind = "drawn" if os.environ.get("MUJOCO_GL") == "disable" else "rendered"
                 self._simulator()
@@ -178,11 +180,15 @@ def _pictures(view: View, path, steps) -> np.ndarray:
     """Of the first steps[i] recorded states of demonstration i -> (N, V, S, S, 3)."""
     import h5py
 
-    images = []
+    images, width = [], len(view._simulator().get_state().flatten())
     with h5py.File(path, "r") as file:
         for name, count in zip(hdf5.names(file), steps):
             if "states" not in file["data"][name]:
                 raise ValueError(f"{path}: data/{name} has no 'states' to make pictures of; record it again: "
                                  f"python -m demos --task {view.task.name} --out FILE")
-            images += [view.of_state(state) for state in file["data"][name]["states"][:count]]
+            states = file["data"][name]["states"][()]
+            if states.shape[1:] != (width,) or len(states) < count or not np.isfinite(states).all():
+                raise ValueError(f"{path}: data/{name}/states must be {count} finite rows of {width} for this "
+                                 f"simulator's model, found {states.shape}; make or fetch it again")
+            images += [view.of_state(state) for state in states[:count]]
     return np.array(images)

@@ -115,6 +115,14 @@ def test_the_command_checks_and_says_so(lift, monkeypatch, capsys):
     assert "File and simulator agree" in capsys.readouterr().out
 
 
+def test_ctrl_c_is_no_traceback(monkeypatch, tmp_path):
+    def collect(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(demos, "collect", collect)
+    with pytest.raises(SystemExit, match="130"):
+        command(monkeypatch, "--task", "lift", "--out", tmp_path / "a.hdf5")
+
+
 @pytest.mark.parametrize("argv, told", [
     ((), "--task TASK --out FILE"),
     (("--task", "lift"), "--out FILE"),

@@ -318,8 +318,11 @@ def test_the_paper_preset_looks_then_downloads_then_makes(places, capsys, monkey
 
 
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
-def test_a_named_file_is_taken_and_never_made(places, preset):
+def test_a_named_file_is_taken_and_never_made(places, preset, path):
     assert demos.obtain("lift", preset, "~/some.hdf5") == places / "home/some.hdf5"
+    (places / "home").mkdir()
+    shutil.copy(path, places / "home/some.hdf5")
+    assert demos.env_args("~/some.hdf5") == demos.env_args(path)
 
 
 def test_a_resumed_run_makes_its_own_missing_file_again(places):

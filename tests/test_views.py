@@ -54,13 +54,13 @@ def kinds():
 def test_environments_do_not_disturb_each_others_pictures(kind):
     before = os.environ.get("MUJOCO_GL")
     try:
-        view = View(kind, "lift")
-        one, two = envs.make_env("lift"), envs.make_env("lift")
-        one.reset(seed=1)
         try:
-            first = view(one)
+            view = View(kind, "lift")
         except RuntimeError as error:
             pytest.skip(str(error))
+        one, two = envs.make_env("lift"), envs.make_env("lift")
+        one.reset(seed=1)
+        first = view(one)
         two.reset(seed=2)
         other = view(two)
         assert np.array_equal(view(one), first) and not np.array_equal(other, first)
@@ -95,6 +95,31 @@ def test_recorded_states_look_as_they_did_and_are_each_seen_once(view, tmp_path)
     for step in range(3):
         assert np.array_equal(view(env).ravel(), data["obs"][step, 9:].numpy())
         env.step(plain["action"][step])
+
+
+STATES = {"fewer than actions": lambda states: states[:-1], "of a larger model": lambda states: np.hstack([states] * 2),
+          "not finite": lambda states: states * np.nan, "no table": lambda states: states[:, 0]}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states_that_make_no_pictures_are_refused_by_name(view, tmp_path, name):
+    import h5py
+    path = demos.collect("lift", 1, 0, tmp_path / "one.hdf5", progress=False)
+    with h5py.File(path, "r+") as file:
+        states = file["data/demo_0"].pop("states")[()]
+        file["data/demo_0/states"] = STATES[name](states)
+    with pytest.raises(ValueError, match=f"one.hdf5: data/demo_0/states must be {len(states)} finite rows of 32"):
+        see_demonstrations(view, path, 1, lambda images, state: state, 9)
+
+
+def test_what_cannot_be_rendered_is_refused_at_once(monkeypatch):
+    """Not when the first picture is wanted, which in an evaluation is a traceback."""
+    def make_env(*_, render_mode, **__):
+        raise RuntimeError(f"cannot render {render_mode}")
+
+    monkeypatch.setattr(envs, "make_env", make_env)
+    with pytest.raises(RuntimeError, match="cannot render rgb_array"):
+        View("rendered", "lift")
 
 
 def test_where_opengl_is_switched_off_auto_draws_and_other_suites_are_refused(monkeypatch):
