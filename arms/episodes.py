@@ -138,7 +138,7 @@ def load(paths, task):
     except (ValueError, OSError) as error:
         raise UserError(f"{error} (this arm's observation is "
                         f"{', '.join(f'{k} {n}' for k, n in zip(task.obs_keys, task.obs_sizes))}: recorded with other "
-                        "--observe, cameras, --backbone or --instruction?)") from error
+                        "--observe, cameras, --encoder, --backbone or --instruction?)") from error
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 

@@ -104,7 +104,9 @@ class Senses:
             if self.cameras and look:
                 parts += [self.eyes.features({name: raw[name] for name in self.cameras}).cpu().numpy()]
             vector = np.concatenate([np.ravel(part) for part in parts]).astype(np.float32)
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:                    # cv2's and can's are of no usual kind; a dropped picture is None
             return self._lost(f"no usable observation ({type(error).__name__}: {error})")
         return View(vector, joints, gripper) if np.isfinite(vector).all() else self._lost("a value is not finite")
 

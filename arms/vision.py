@@ -11,6 +11,7 @@ Shapes: B batch, V views, H and W pixels.
 """
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -72,6 +73,7 @@ class Encoder(nn.Module):
         for layer in self.net.modules():
             if isinstance(layer, nn.Conv2d):  # keep the signal's size through the random layers
                 nn.init.kaiming_normal_(layer.weight, generator=torch.Generator().manual_seed(layer.weight.numel()))
+        self.mark = ""
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])
         self.register_buffer("deviation", torch.tensor(DEVIATION)[:, None, None])
         if weights is None:
@@ -79,6 +81,8 @@ class Encoder(nn.Module):
                   "or download a ResNet-10 and name its file", file=sys.stderr, flush=True)
         else:
             self._load(Path(weights))
+            self.mark = "_" + hashlib.sha256(b"".join(one.numpy().tobytes() for one in self.net.state_dict().values())
+                                             ).hexdigest()[:8]
         self.net.to(memory_format=torch.channels_last)  # half the time on a CPU
         self.requires_grad_(False).eval().to(device)
 
@@ -102,8 +106,11 @@ class Encoder(nn.Module):
         return self.net((x - self.mean) / self.deviation).unflatten(0, (batch, views)).flatten(1)
 
     def sizes(self, cameras) -> dict:
-        """The columns that the features of these cameras fill: {name: width}."""
-        return dict.fromkeys(cameras, FEATURES)
+        """
+        The columns that the features of these cameras fill: {name: width}. Eight digits of the weights, where they
+        come from a file, tell features of one encoder from those of another.
+        """
+        return {camera + self.mark: FEATURES for camera in cameras}
 
     def save(self, path: str | Path) -> None:
         """Writes the network's weights as a plain state_dict."""

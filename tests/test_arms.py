@@ -409,7 +409,11 @@ def test_weights_come_from_a_file(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     assert not torch.equal(encoder.features(pictures()), Encoder().features(pictures()))
     encoder.save(tmp_path / "again.pt")
-    assert torch.equal(Encoder(tmp_path / "again.pt").features(pictures()), encoder.features(pictures()))
+    again = Encoder(tmp_path / "again.pt")
+    assert torch.equal(again.features(pictures()), encoder.features(pictures()))
+    torch.save(net.state_dict() | {"bn1.running_mean": torch.ones(64)}, tmp_path / "other.pt")
+    names = [*again.sizes(["front"]), *Encoder(tmp_path / "other.pt").sizes(["front"]), *Encoder().sizes(["front"])]
+    assert list(encoder.sizes(["front"])) == names[:1] and len(set(names)) == 3       # columns of episodes: never mixed
 
 
 class Trap:

@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from arms.senses import PERIOD
+from arms.kinematics import Kinematics
+from arms.senses import JOINTS, PERIOD, Pace, Senses
 from arms.teleop import ScriptedExpert
 from logbook import UserError
 import robot
@@ -177,3 +178,32 @@ def test_who_stops_it_before_the_arm_has_power_sees_no_motion(role, tmp_path, mo
     monkeypatch.setattr(robot, "session", stopped)
     command = {"train": ["train", "--resume", str(tmp_path / "run"), "--episodes", "2"], "eval": ["eval", *where[2:]]}
     assert not robot.main(command[role]) and not connected
+
+
+class Bare:
+    """An arm with one camera whose driver does what `give` does."""
+
+    observation_features = {"front": (8, 8, 3)}
+
+    def __init__(self, give):
+        self.give = give
+
+    def get_observation(self):
+        return {name: 0.1 for name in JOINTS} | {"gripper.pos": 0.0, "stamp": 0.0, "front.stamp": 0.0} | self.give()
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("give, told", [
+    (lambda: {"front": None}, "TypeError"), (lambda: {"gripper.pos": None}, "TypeError"),
+    (lambda: fail(type("error", (Exception,), {})("grab failed")), "grab failed"),        # what cv2's and can's are
+    (lambda: fail(TimeoutError("no frame")), "no frame")])
+def test_whatever_a_driver_does_is_a_lost_view_and_no_traceback(give, told):
+    picture = {"front": np.zeros((8, 8, 3), np.uint8)}
+    arm, senses = Bare(lambda: picture), Senses(Bare(dict), Kinematics(), Pace(False), "vision")
+    assert senses.read(arm) is not None
+    assert senses.read(Bare(lambda: picture | give())) is None and told in senses.fault
+    with pytest.raises(UserError):
+        senses.read(Bare(lambda: fail(UserError("no OpenGL"))))
