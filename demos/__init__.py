@@ -124,17 +124,29 @@ def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = Tr
 
 def _attempts(task, seed: int, workers: int):
     """Yields attempt 0, 1, 2, ... in order, however many processes make them."""
-    jobs = ((task, seed, attempt) for attempt in range(1_000_000))
+    return spread(_attempt, ((task, seed, attempt) for attempt in range(1_000_000)), workers)
+
+
+def spread(function, jobs, workers: int):
+    """Yields function(job) in the order of the jobs, made here or in so many processes. RuntimeError if one dies."""
     if workers <= 1:
-        yield from map(_attempt, jobs)
+        yield from map(function, jobs)
         return
+    from concurrent.futures import ProcessPoolExecutor, process
     from itertools import islice
     from multiprocessing import get_context
 
-    ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with get_context("spawn").Pool(workers, **ignore) as pool:
-        while batch := list(islice(jobs, 2 * workers)):
-            yield from pool.imap(_attempt, batch)
+    jobs, ignore = iter(jobs), dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(workers, get_context("spawn"), **ignore) as pool:
+        try:
+            pending = [pool.submit(function, job) for job in islice(jobs, 2 * workers)]
+            while pending:
+                yield pending.pop(0).result()
+                pending += [pool.submit(function, job) for job in islice(jobs, 1)]
+        except process.BrokenProcessPool as error:
+            raise RuntimeError("a process that made demonstrations died: out of memory? Try --workers 1") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _attempt(job) -> dict:

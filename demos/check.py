@@ -157,6 +157,10 @@ def _check_play(task, path, episodes: int) -> Report:
         raise ValueError(f"{path}: key 'qvel' is missing; without recorded states nothing can be replayed")
     file["terminals"][-1] = True  # the recording simply stops here
     env, report, first = envs.make_env(task), Report(), 0
+    env.reset(seed=0)
+    wanted = len(file["terminals"]), env.simulator._model.nv
+    if file["qvel"].shape != wanted:
+        raise ValueError(f"{path}: key 'qvel' must be {wanted}, found {file['qvel'].shape}; fetch or make it again")
     for number, end in enumerate(np.flatnonzero(file["terminals"])[:episodes]):
         _play(env, file, range(first, end), f"trajectory {number}", report)
         first = end + 1

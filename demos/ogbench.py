@@ -16,13 +16,13 @@ PlayEnv.reset(seed, options={"directed": directed}) and the recorded actions rep
 """
 from __future__ import annotations
 
-import signal
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+import demos
 import envs
 from demos import control
 from demos.hdf5 import replacing
@@ -93,14 +93,7 @@ def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = Tr
 
 def _trajectories(task, episodes: int, seed: int, workers: int, directed: float):
     jobs = [(task, seed, episode, directed, ROWS) for episode in range(episodes)]
-    if workers <= 1:
-        yield from map(_trajectory, jobs)
-        return
-    from multiprocessing import get_context
-
-    ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with get_context("spawn").Pool(min(workers, episodes), **ignore) as pool:
-        yield from pool.imap(_trajectory, jobs)
+    return demos.spread(_trajectory, jobs, min(workers, episodes))
 
 
 def _trajectory(job) -> dict[str, np.ndarray]:

@@ -157,6 +157,9 @@ def test_play_data_agrees_and_tampered_play_data_does_not(tmp_path, monkeypatch)
     for key, values in moved.items():
         with pytest.raises(ValueError, match="trajectory 0: observations of recorded states"):
             check("puzzle-3x3", ogbench.save(tmp_path / f"{key}.npz", columns | {key: values}))
+    for qvel in (columns["qvel"][:-5], columns["qvel"][:, 1:], np.array(["x"])):
+        with pytest.raises(ValueError, match="qvel.npz: key 'qvel' must be .162, "):
+            check("puzzle-3x3", ogbench.save(tmp_path / "qvel.npz", columns | {"qvel": qvel}))
     with pytest.raises(ValueError, match="trajectory 0: observations"):
         actions = columns["actions"][::-1]
         check("puzzle-3x3", ogbench.save(tmp_path / "actions.npz", columns | {"actions": actions}))

@@ -1,4 +1,5 @@
 """Demonstrations: the scripted expert, the file format, labels, and files that must be refused."""
+import os
 import shutil
 
 import numpy as np
@@ -72,6 +73,21 @@ def test_collect_depends_on_the_seed_and_not_on_workers(path, tmp_path):
     assert all(np.array_equal(first[key], again[key]) for key in first)
     assert not np.array_equal(first["obs"][0], other["obs"][0])
     assert [one.name for one in tmp_path.iterdir() if one.name.endswith(".part")] == []
+
+
+def die(job):
+    os._exit(1)
+
+
+@pytest.mark.parametrize("task", ["lift", "puzzle-3x3"])
+def test_a_worker_that_dies_ends_it_with_a_word(tmp_path, monkeypatch, task):
+    """Out of memory, for instance; multiprocessing's own pool would wait for it for ever."""
+    from demos import ogbench
+    monkeypatch.setattr(demos, "_attempt", die)
+    monkeypatch.setattr(ogbench, "_trajectory", die)
+    with pytest.raises(RuntimeError, match="died: out of memory. Try --workers 1"):
+        demos.collect(task, 2, 0, tmp_path / "a.hdf5", workers=2, progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_successes_are_kept_in_the_order_of_the_attempts(path, tmp_path, monkeypatch):
