@@ -109,9 +109,9 @@ def _draw_runs(axes, folders):
             groups.setdefault((name if len(tasks) == 1 else f"{task}, {name}", acting), []).append(points)
     colors = dict(zip(sorted({name for name, _ in groups}), PALETTE * len(groups)))
     for (name, acting), seeds in sorted(groups.items()):
-        # only where every seed has got to; between its own evaluations a seed is interpolated
-        end = min(points[-1][0] for points in seeds)
-        grid = sorted({step for points in seeds for step, _ in points if step <= end})
+        # only where every seed has begun and got to; between its own evaluations a seed is interpolated
+        start, end = max(points[0][0] for points in seeds), min(points[-1][0] for points in seeds)
+        grid = sorted({step for points in seeds for step, _ in points if start <= step <= end})
         curves = np.array([np.interp(grid, *zip(*points)) for points in seeds])
         axes.plot(grid, curves.mean(0), "o-" if acting == "policy" else "s--", color=colors[name],
                   markersize=4, linewidth=1.6, label=f"{name}, {acting} (seeds: {len(seeds)})")

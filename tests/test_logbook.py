@@ -480,6 +480,11 @@ def test_several_runs_become_a_mean_and_a_band_over_seeds(tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["logbook", *map(str, folders)])
     main()
     assert capsys.readouterr().out == "curves.png\n" and len(colors(tmp_path / "curves.png")) > 20
+    late = Logbook.create(tmp_path / "lift-poco-s2", ARGS, COLUMNS)
+    late.evaluation(1000, "policy", episodes([1]))                    # says nothing of the steps before
+    axes = Figure().add_subplot()
+    _draw_runs(axes, [*folders, late.folder])
+    assert [list(line.get_xdata()) for line in axes.get_lines() if "policy (seeds: 3)" in line.get_label()] == [[1000]]
     can = Logbook.create(tmp_path / "elsewhere/lift-poco-s0", ARGS | {"task": "can"}, COLUMNS)
     fill(can, 5)
     axes = Figure().add_subplot()
