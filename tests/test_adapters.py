@@ -305,6 +305,11 @@ def test_a_saved_policy_loads_with_another_horizon_and_an_unloadable_one_is_refu
         same = Pi05.load(tmp_path, A)
         assert_close(same.velocity(same.encode(data), x, t), policy.velocity(policy.encode(data), x, t))
         weights = load_file(tmp_path / "model.safetensors")
+        words = next(name for name in weights if "embed_tokens" in name)
+        weights[words.replace("model.language_model.embed_tokens", "lm_head")] = weights.pop(words)  # as in pi05_base
+        save_file(weights, tmp_path / "model.safetensors")
+        other = Pi05.load(tmp_path, A)
+        assert_close(other.velocity(other.encode(data), x, t), policy.velocity(policy.encode(data), x, t))
         name = next(name for name in weights if "action_out_proj.weight" in name)
         save_file(weights | {name: weights[name][:3].clone()}, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match="were not loaded"):

@@ -194,7 +194,8 @@ def verify_weights(model: torch.nn.Module, folder) -> None:
     for name, value in model.named_parameters():  # tied weights come once
         if "lm_head" in name:  # not used by an action head
             continue
-        path, key = stored.get(name.removeprefix("model."), (None, None))
+        tied = name.replace("model.language_model.embed_tokens", "lm_head")  # under which pi05_base's file has it
+        path, key = stored.get(name.removeprefix("model."), stored.get(tied.removeprefix("model."), (None, None)))
         if path is None:
             wrong.append(f"{name} (absent)")
             continue
