@@ -95,6 +95,9 @@ def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = Tr
     task = envs.get_task(task)
     if episodes < 1:
         raise ValueError(f"need at least one demonstration, got {episodes}")
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)  # a wrong place is refused now, not after the work
     if _is_ogbench(path, task):
         from demos import ogbench
 

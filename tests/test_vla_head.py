@@ -324,6 +324,34 @@ def test_an_observation_is_made_only_where_a_chunk_begins(backbone):
     assert np.array_equal(rows[0], policy.observe(pictures()["images"][:1], torch.ones(1, P))[0].numpy())
 
 
+def test_what_a_gpu_still_does_of_the_first_call_is_not_counted(monkeypatch):
+    """A stand-in: every call takes a second, all of them by the time that somebody waits."""
+    from arms.adapters import cost
+    clock, queue = [0.0], []
+
+    def run(*_):
+        queue.append(1.0)
+        return SimpleNamespace(mean=lambda: SimpleNamespace(backward=lambda: None))
+
+    def synchronize():
+        clock[0] += sum(queue)
+        queue.clear()
+    gpu = SimpleNamespace(zeros=lambda *_, device: None, cuda=SimpleNamespace(synchronize=synchronize))
+    monkeypatch.setattr(cost, "torch", gpu)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
+    context, none = Rows([0, 0]), SimpleNamespace(parameters=lambda: [])
+    policy = SimpleNamespace(flow_steps=2, horizon=H, action_dim=A, sample=run, cfm_loss=run, parameters=lambda: [],
+                             zero_grad=lambda: None)
+    said = cost.cost(policy, run, context, 2, 60, none, none, 0)
+    assert "once a state, 1000.0 ms" in said and "500.0 ms each" in said and "2 min for 60 updates" in said
+
+
+class Rows(list):
+    """Of a context that lives on a GPU."""
+
+    device = SimpleNamespace(type="cuda")
+
+
 def test_the_paper_preset_is_table_five():
     paper = vla_head.parse(["--preset", "paper", "--backbone", "somewhere"])
     table = dict(batch_size=64, actor_learning_rate=5e-5, critic_learning_rate=3e-4, discount=0.99, episode_limit=200,

@@ -21,13 +21,16 @@ def cost(policy, prefix, context, num_candidates: int, updates: int, critic, fro
     n, k, device = num_candidates, policy.flow_steps, context.device
     actions = torch.zeros(len(context), n + 1, policy.horizon, policy.action_dim, device=device)
 
-    def seconds(call):
-        call()
-        start = time.perf_counter()
-        call(), call()
+    def now():
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / 2
+        return time.perf_counter()
+
+    def seconds(call):
+        call()
+        start = now()
+        call(), call()
+        return (now() - start) / 2
 
     once = seconds(prefix)
     draw = seconds(lambda: policy.sample(context, n))
