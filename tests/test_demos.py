@@ -90,6 +90,13 @@ def test_a_worker_that_dies_ends_it_with_a_word(tmp_path, monkeypatch, task):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_wrong_place_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(demos, "_attempts", lambda *_: pytest.fail("it worked in vain"))
+    for path in (tmp_path, "/proc/none/a.hdf5"):
+        with pytest.raises((ValueError, OSError), match=str(tmp_path) if path == tmp_path else "/proc/none"):
+            demos.collect("lift", 1, 0, path, progress=False)
+
+
 def test_only_successes_are_kept_in_the_order_of_the_attempts(path, tmp_path, monkeypatch):
     """With an expert whose first attempt fails, the file holds the attempts after it."""
     attempts = []
