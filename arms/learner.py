@@ -98,7 +98,7 @@ def trained(args, task):
     state = load_checkpoint(path)
     if (columns := state.get("columns", task.obs_keys)) != task.obs_keys:
         raise UserError(f"{path} has learnt from {', '.join(columns)}, this arm offers {', '.join(task.obs_keys)}: "
-                        "give the --observe, --backbone and --instruction it was trained with")
+                        "give the --observe, --encoder, --backbone and --instruction it was trained with")
     with fitting(path, "it is of another arm or of other sizes, give the flags it was trained with"):
         policy.load_state_dict(state["actor"])
         critic.load_state_dict(state["critic"])
