@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logbook import UserError
+from logbook import UserError, replacing
 
 FEATURES = 512  # per view
 WIDTHS = (64, 128, 256, 512)
@@ -114,7 +114,8 @@ class Encoder(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Writes the network's weights as a plain state_dict."""
-        torch.save(self.net.state_dict(), path)
+        with replacing(path) as file:
+            torch.save(self.net.state_dict(), file)
 
     def _load(self, path: Path) -> None:
         try:
@@ -123,7 +124,8 @@ class Encoder(nn.Module):
             raise UserError(f"there is no file of encoder weights {path}") from None
         except Exception as error:  # foreign bytes make the reader fail in any way at all
             raise UserError(f"{path} is no file of PyTorch weights; nothing in it was executed") from error
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        if not isinstance(state, dict) or not all(isinstance(one, str) and isinstance(value, Tensor)
+                                                  for one, value in state.items()):
             raise UserError(f"{path} holds no plain state_dict of tensors")
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}  # torchvision's classifier
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import UserError, _writing, read_args, replacing
+from . import UserError, _writing, fitting, read_args, replacing
 
 COLORS = {"policy": "#0072b2", "posterior": "#d55e00"}      # Okabe-Ito: colour-blind eyes tell them apart
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
@@ -29,13 +29,14 @@ def wilson(successes, episodes, z=1.96):
 def read_run(folder):
     """(running success as [(step, share)], evaluations as {acting: {step: (successes, episodes)}})"""
     running, evaluations = [], {}
-    for row in _rows(folder, "progress.csv"):
-        if row.get("success") and math.isfinite(float(row["success"])):
-            running.append((float(row["step"]), float(row["success"])))
-    for row in _rows(folder, "eval.csv"):
-        steps = evaluations.setdefault(row["acting"], {})
-        successes, episodes = steps.get(float(row["step"]), (0, 0))
-        steps[float(row["step"])] = (successes + int(row["success"]), episodes + 1)
+    with fitting(f"{folder}/progress.csv or eval.csv", "put it right"):
+        for row in _rows(folder, "progress.csv"):
+            if row.get("success") and math.isfinite(float(row["success"])):
+                running.append((float(row["step"]), float(row["success"])))
+        for row in _rows(folder, "eval.csv"):
+            steps = evaluations.setdefault(row["acting"], {})
+            successes, episodes = steps.get(float(row["step"]), (0, 0))
+            steps[float(row["step"])] = (successes + int(row["success"]), episodes + 1)
     return running, evaluations
 
 

@@ -416,6 +416,19 @@ def test_weights_come_from_a_file(tmp_path, capsys):
     assert list(encoder.sizes(["front"])) == names[:1] and len(set(names)) == 3       # columns of episodes: never mixed
 
 
+def test_weights_that_cannot_be_saved_leave_the_old_file(tmp_path, monkeypatch):
+    (encoder := Encoder()).save(tmp_path / "net.pt")
+    whole = (tmp_path / "net.pt").read_bytes()
+
+    def fail(_, file):
+        (file if hasattr(file, "write") else open(file, "wb")).write(b"half")
+        raise OSError("disk full")
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        encoder.save(tmp_path / "net.pt")
+    assert (tmp_path / "net.pt").read_bytes() == whole and len(list(tmp_path.iterdir())) == 1
+
+
 class Trap:
     """A file with it, read carelessly, leaves a file behind."""
 
@@ -435,7 +448,7 @@ def test_nothing_in_a_file_is_executed(tmp_path):
 
 def test_wrong_files_are_refused_by_name(tmp_path):
     state = ResNet10().state_dict()
-    cases = {"junk.pt": b"not a file of weights", "list.pt": [torch.zeros(3)],
+    cases = {"junk.pt": b"not a file of weights", "list.pt": [torch.zeros(3)], "numbers.pt": {0: torch.zeros(3)},
              "short.pt": {name: value for name, value in state.items() if "layer4" not in name},
              "nan.pt": state | {"bn1.weight": torch.full((64,), torch.nan)}}
     for name, content in cases.items():

@@ -396,6 +396,17 @@ def test_a_damaged_row_is_refused_by_the_name_of_its_file(book):
         book.rewind(10)
 
 
+@pytest.mark.parametrize("name, old, new", [("progress.csv", "0.1", "O.1"), ("eval.csv", "10,policy", "1o,policy"),
+                                            ("eval.csv", "acting", "act")])
+def test_a_curve_of_damaged_rows_is_refused_by_name(book, name, old, new):
+    book.log(10, success=0.1)
+    book.evaluation(10, "policy", episodes([1]))
+    path = book.folder / name
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(UserError, match=f"{book.folder}/progress.csv or eval.csv does not fit .*: put it right"):
+        curve(book.folder)
+
+
 def test_full_disk_while_logging_is_the_users_error(book):
     with full_disk(30), pytest.raises(UserError, match="progress.csv: File too large"):
         book.log(0, success=0.5)
