@@ -8,7 +8,10 @@ Where demonstrations come from: files you have, downloads, scripted experts and 
 """
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -137,10 +140,9 @@ def spread(function, jobs, workers: int):
         return
     from concurrent.futures import ProcessPoolExecutor, process
     from itertools import islice
-    from multiprocessing import get_context
 
-    jobs, ignore = iter(jobs), dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with ProcessPoolExecutor(workers, get_context("spawn"), **ignore) as pool:
+    jobs = iter(jobs)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_worker) as pool:
         try:
             pending = [pool.submit(function, job) for job in islice(jobs, 2 * workers)]
             while pending:
@@ -150,6 +152,16 @@ def spread(function, jobs, workers: int):
             raise RuntimeError("a process that made demonstrations died: out of memory? Try --workers 1") from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _worker() -> None:
+    """Ctrl-C is its parent's affair, with which it ends, however that one does."""
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _attempt(job) -> dict:

@@ -1,6 +1,11 @@
 """Demonstrations: the scripted expert, the file format, labels, and files that must be refused."""
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +93,29 @@ def test_a_worker_that_dies_ends_it_with_a_word(tmp_path, monkeypatch, task):
     with pytest.raises(RuntimeError, match="died: out of memory. Try --workers 1"):
         demos.collect(task, 2, 0, tmp_path / "a.hdf5", workers=2, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import multiprocessing, os, signal, demos
+if __name__ == "__main__":
+    for _ in demos.spread(abs, range(-100, 0), 2):
+        print(*(one.pid for one in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    environment = os.environ | {"PYTHONPATH": str(Path(demos.__file__).parent.parent)}
+    with subprocess.Popen([sys.executable, "killed.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True) as parent:
+        workers, end = parent.stdout.readline().split(), time.monotonic() + 30
+    while time.monotonic() < end and any(Path("/proc", pid).exists() for pid in workers):
+        time.sleep(0.1)
+    left = [pid for pid in workers if Path("/proc", pid).exists()]
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    assert len(workers) == 2 and not left
 
 
 def test_a_wrong_place_is_refused_before_the_work(tmp_path, monkeypatch):
