@@ -286,8 +286,9 @@ class Rig:
         try:
             goal = self.teleop.get_action()
             action = self.guard.towards([goal[name] for name in JOINTS], goal["gripper.pos"])
-        except (OSError, RuntimeError, KeyError) as error:
-            raise UserError(f"the operator's arm is lost, the running episode dropped: {error}") from error
+        except Exception as error:                                        # a driver's errors are of any kind
+            raise UserError("the operator's arm is lost, the running episode dropped: "
+                            f"{type(error).__name__}: {error}") from error
         self.since += 1
         action[:6] *= min(1.0, self.since * PERIOD / max(np.abs(action[:6]).max(), 1e-9))
         return action
@@ -300,7 +301,7 @@ class Rig:
             self.fed = time.monotonic()
             try:
                 sent, self.failed = self.robot.send_action(action) or action, False
-            except (OSError, RuntimeError) as error:
+            except Exception as error:
                 self.senses.fault, self.failed, self.lost = f"a command did not reach the arm ({error})", True, True
                 return None
             return self.guard.sent([sent.get(name, action[name]) for name in JOINTS], sent.get("gripper.pos", gripper))
@@ -346,7 +347,7 @@ class Rig:
                 try:
                     self.trips += 1
                     action = dict(zip(JOINTS, self.guard.joints)) | {"gripper.pos": self.guard.gripper}
-                    with contextlib.suppress(OSError, RuntimeError):        # the loop will meet the same error and tell
+                    with contextlib.suppress(Exception):                    # the loop will meet the same error and tell
                         self.robot.send_action(action)
                 finally:
                     self.lock.release()

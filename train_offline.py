@@ -75,6 +75,8 @@ def parse(cls, argv=None):
                           ("--eval", None)):
         first.add_argument(name, default=default)
     known, _ = first.parse_known_args(argv)
+    if known.resume and known.eval:
+        raise UserError("--resume goes on with a run, --eval tests one: give one of them")
     if known.resume or known.eval:
         stored = read_args(known.resume or known.eval) | {"overwrite": False}
         fields = {field.name for field in dataclasses.fields(cls)}

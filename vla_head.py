@@ -11,7 +11,6 @@ are projected once per `sample` and never expanded, so N x K head steps share on
 sampler and the loss of flow_policy.FlowPolicy: poco.e_step and poco.m_step_loss see no difference. The critic is
 chunk_critic.ChunkCritic on pooled features (paper: a ResNet's) and proprioception. `transformers` is imported late.
 Not here: pi0.5, SmolVLA and GR00T with their own heads (arms/adapters/), tuning the backbone, a real arm (robot.py).
-
 Shapes: B batch, V views, S image side, L tokens, W their width, P proprioception, N candidates, H chunk, A action,
 C channels of the head, K flow steps, F features of the critic.
 """
@@ -335,10 +334,11 @@ def parse(argv=None) -> Args:
     for name in ("--preset", "--resume", "--eval"):
         first.add_argument(name)
     known, _ = first.parse_known_args(argv)
+    if known.resume and known.eval:
+        raise UserError("--resume goes on with a run, --eval tests one: give one of them")
     stored, fresh = known.resume or known.eval, CPU if known.preset in (None, "cpu") else {"preset": "paper"}
     values = read_args(stored, method="vla") | {"overwrite": False} if stored else fresh
-    names = {field.name for field in dataclasses.fields(Args)}
-    default = Args(**{name: value for name, value in values.items() if name in names})
+    default = Args(**{name: value for name, value in values.items() if name in Args.__dataclass_fields__})
     args = tyro.cli(Args, args=argv, description=__doc__, default=default)
     for name in KEPT if known.resume else KEPT[:1] if known.eval else ():
         if getattr(args, name) != getattr(default, name):

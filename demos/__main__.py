@@ -32,11 +32,15 @@ class Args:
 
 
 def main(args: Args) -> None:
+    if args.check is not None and (args.task or args.out or args.directed):
+        raise ValueError("--check makes nothing: it looks at --data; leave out --task, --out and --directed")
     if args.check is not None:
         path, episodes = args.data or newest(args.check), 5 if args.episodes is None else args.episodes
         print(f"{path}: {check(args.check, path, episodes)}. File and simulator agree.")
     elif args.task is None or args.out is None:
         raise ValueError("say what to make, --task TASK --out FILE, or what to check, --check TASK")
+    elif args.data is not None:
+        raise ValueError(f"--data names a file to check; the file to write is --out, here {args.out}")
     elif args.directed and envs.get_task(args.task).suite != "ogbench":
         raise ValueError(f"--directed is for OGBench's tasks: those of {args.task} always head for the goal")
     else:

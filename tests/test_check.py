@@ -134,6 +134,8 @@ def test_ctrl_c_is_no_traceback(monkeypatch, tmp_path):
     (("--check", "lift", "--data", "none.hdf5"), "no demonstrations at none.hdf5"),
     (("--check", "lift", "--data", "folder"), "no demonstrations at folder"),
     (("--check", "door"), "unknown task 'door'"),
+    (("--check", "lift", "--out", "a.hdf5"), "leave out --task, --out and --directed"),
+    (("--task", "lift", "--out", "a.hdf5", "--data", "b.hdf5"), "the file to write is --out, here a.hdf5"),
     (("--check", "lift", "--data", "folder", "--episodes", -2), "at least one demonstration to replay, got -2"),
 ])
 def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, argv, told):

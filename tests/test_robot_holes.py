@@ -3,6 +3,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -207,3 +208,30 @@ def test_whatever_a_driver_does_is_a_lost_view_and_no_traceback(give, told):
     assert senses.read(Bare(lambda: picture | give())) is None and told in senses.fault
     with pytest.raises(UserError):
         senses.read(Bare(lambda: fail(UserError("no OpenGL"))))
+
+
+def test_a_command_that_fails_in_any_way_is_held_and_the_watchdog_outlives_it(capfd):
+    rig, arm = plain(Person(space), realtime=True)
+    send, falls = arm.send_action, iter([False] * 5 + [True] * 3)
+
+    class CanError(Exception):                                                                # python-can's is as plain
+        pass
+
+    arm.send_action = lambda action: fail(CanError("bus off")) if next(falls, False) else send(action)
+    with rig:
+        take = rig.episode(lambda obs: ahead(obs)[:1], 0)
+        before, watching, rig.armed = len(arm.sent), [one.name for one in threading.enumerate()], True
+        falls = iter([True] * 2)
+        time.sleep(8 * PERIOD)
+        after, rig.armed = len(arm.sent), False
+    assert take.outcome == "timeout" and "did not reach the arm (bus off)" in capfd.readouterr().err
+    assert "watchdog" in watching and after > before
+
+
+@pytest.mark.parametrize("error", [OSError("silent"), type("CanError", (Exception,), {})("silent")])
+def test_whatever_the_operators_arm_raises_ends_the_session_in_order(error):
+    teleop = type("Leader", (), {"get_action": lambda self: fail(error)})()
+    rig, arm = plain(Person(space), teleop=teleop)
+    with pytest.raises(UserError, match=f"arm is lost.*{type(error).__name__}: silent"), rig:
+        rig.episode(None, 0)
+    assert not arm.is_connected

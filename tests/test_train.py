@@ -359,6 +359,7 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
         "another version": ([*start[:2], "--checkpoint", str(version)], "999"),
         "other networks": ([*start, "--hidden", "48"], "--hidden"),
         "another task": (["--resume", str(uninterrupted), "--task", "can"], "lift"),
+        "resume and evaluate": (["--resume", str(uninterrupted), "--eval", str(uninterrupted)], "give one of them"),
         "resume another preset": (["--resume", str(uninterrupted), "--preset", "paper"], "begun with preset cpu"),
         "resume with other rewards": (["--resume", str(uninterrupted), "--reward-offset", "-3"], "begun with reward"),
         "damaged arguments": (["--resume", str(damaged)], "args.json is damaged"),
@@ -388,8 +389,8 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
 MISTAKES = [
     "unknown task", "no such demonstrations", "truncated demonstrations", "foreign demonstrations",
     "no such checkpoint", "another robosuite", "another version", "other networks", "another task",
-    "resume another preset", "resume with other rewards", "damaged arguments", "a checkpoint of another stage",
-    "evaluated by another simulator", "resume nothing",
+    "resume and evaluate", "resume another preset", "resume with other rewards", "damaged arguments",
+    "a checkpoint of another stage", "evaluated by another simulator", "resume nothing",
     "resume with other networks", "resume beyond the episode's limit", "resume with another replay",
     "evaluate stage I", "a checkpoint for nothing",
     "no such device", "fewer than no threads", "a negative seed", "a seed of 20 digits", "no steps", "a run is there",

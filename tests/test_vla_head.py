@@ -367,6 +367,7 @@ def test_the_paper_preset_is_table_five():
     ("--preset paper", "needs --backbone DIR"), ("--task scene", "pictures of task 'scene' are not implemented"),
     ("--task lfit", "unknown task 'lfit'"), ("--view drawn --run-dir /proc/none", "cannot write .*/proc/none/backbone"),
     ("--temperature 0", "--temperature must be at least 1e-06"), ("--batch-size 0", "--batch-size must be a number"),
+    ("--resume a --eval b", "give one of them"),
     ("--log-every 0", "--log-every must be a number greater"), ("--heads 3", "2, must divide --channels, got 3"),
     ("--heads 3 --channels 15", "2, must divide --channels, got 3 and 15"),
     ("--reward-offset nan", "--reward-offset must be a finite number"), ("--discount 2", "--discount is at most 1")])
