@@ -421,6 +421,11 @@ def test_an_episodes_randomness_is_its_own(env):
             envs.run_episode(RandomPolicy(), env, seed, on_step=lambda step: rows.append(step.next_obs))
         trace[len(seeds)] = np.array(rows)
     assert np.array_equal(trace[1], trace[2])
+    drawn = []
+    env.episode_limit = 1
+    for seed in (51, 53):                                        # nor the stream that places the objects
+        envs.run_episode(lambda obs, rng: drawn.append(rng.random()) or np.zeros((1, 7)), env, seed)
+    assert len({*drawn, *(np.random.default_rng(seed).random() for seed in (51, 53))}) == 4
 
 
 def test_evaluate_counts_successes_and_stops_at_the_first():

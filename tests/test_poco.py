@@ -322,17 +322,18 @@ class Policy(torch.nn.Module):
 @given(SEEDS, ETAS, st.integers(1, 40))
 def test_e_step_weighs_the_policys_own_samples(seed, eta, n):
     """Candidates are draws from the policy, weights posterior_weights of their Q, stats describe them. Eq. 16-17."""
-    policy, context = Policy(), torch.randn(1, 4, generator=generator(seed))
-    q_fn = lambda context, a: eta * a.sum((-2, -1)) + context.sum()          # noqa: E731
+    policy, context = Policy(), torch.randn(3, 4, generator=generator(seed))
+    q_fn = lambda context, a: eta * a.sum((-2, -1)) + context.sum(-1, keepdim=True)     # noqa: E731
     candidates, weights, stats = e_step(policy, q_fn, context, n, eta)
-    q = eta * policy.sample(context, n).sum((-2, -1)).detach() + context.sum()
+    q = q_fn(context, policy.sample(context, n)).detach()
     assert torch.equal(candidates, policy.sample(context, n)) and torch.equal(weights, posterior_weights(q, eta))
-    entropy = -torch.xlogy(weights, weights).sum()
-    close(stats["kl"], math.log(n) - entropy, 1e-8)
-    close(stats["ess"] * n, 1 / weights.square().sum())
-    assert 1 - 1e-9 <= stats["ess"] * n <= n + 1e-9 and entropy.exp() >= stats["ess"] * n - 1e-9
+    entropy = torch.stack([-torch.xlogy(w, w).sum() for w in weights])
+    ess = torch.stack([1 / w.square().sum() for w in weights])
+    close(stats["kl"], math.log(n) - entropy.mean(), 1e-8)
+    close(stats["ess"] * n, ess.mean())
+    assert (1 - 1e-9 <= ess).all() and (ess <= n + 1e-9).all() and (entropy.exp() >= ess - 1e-9).all()
     close(torch.stack([stats[k] for k in ("q_mean", "q_min", "q_max", "q_spread")]),
-          torch.stack([q.mean(), q.min(), q.max(), q.std(-1, correction=0).mean()]))
+          torch.stack([q.mean(), q.min(), q.max(), torch.stack([row.std(correction=0) for row in q]).mean()]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -420,6 +421,9 @@ def test_the_m_step_is_cloning_plus_beta_times_the_surrogate(seed, guidance, cli
     close([stats[k].item() for k in ("bc", "surrogate", "clip_frac", "alive_mass")],
           [bc, surrogate, above, alive], 1e-6)
     assert policy.calls[1][2] is None
+    highest = policy.cfm_loss(None, candidates).max().item()             # at the clip, not above it
+    stats = m_step_loss(policy, None, chunk, valid, candidates, weights, guidance, highest)[1]
+    assert stats["clip_frac"] == 0 and abs(stats["alive_mass"] - 1) < 1e-9
 
 
 @given(SEEDS)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import demos
+import envs
 import poco
 import train_offline
 import train_online
@@ -298,13 +299,27 @@ def test_a_batch_and_its_update_stay_on_the_training_device(monkeypatch):
     assert {total.device.type for total, _ in report.sums.values()} == {"meta"} and set(report.sums) == set(agent.stats)
 
 
+def preset(task, names, setting="offline-to-online"):
+    args = train_offline.preset_defaults(train_online.Args, task, "paper", setting)
+    return tuple(getattr(args, name) for name in names)
+
+
 def test_the_paper_preset_is_tables_2_and_3():
-    args = train_offline.preset_defaults(train_online.Args, "lift", "paper")
     table = dict(batch_size=256, learning_rate=3e-4, online_learning_rate=3e-4, discount=0.99, horizon=5,
-                 warmup_steps=5000, num_candidates=32,
-                 temperature=0.001, guidance=1.0, clip=0.15, hidden=512, layers=4, flow_steps=10, updates_per_step=1,
-                 tau=0.005, heads=2, reward_offset=0.0, episode_limit=300)
-    assert {name: getattr(args, name) for name in table} == table
+                 warmup_steps=5000, num_candidates=32, guidance=1.0, hidden=512, layers=4, flow_steps=10,
+                 updates_per_step=1, tau=0.005, heads=2, reward_offset=0.0, act="policy", pessimism=0.0, policy_tau=1.0,
+                 demo_share=None)
+    columns = ("episode_limit", "demo_episodes", "pretrain_steps", "temperature", "clip")
+    table_3 = {"scene": (750, 1000, 500_000, 0.001, 0.15), "puzzle-3x3": (500, 1000, 500_000, 0.001, 0.15),
+               "can": (300, 300, 100_000, 0.001, 0.3), "square": (400, 300, 500_000, 0.001, 0.08),
+               "lift": (300, 300, 100_000, 0.001, 0.15), "cube-double": (500, 1000, 500_000, 0.1, 0.3),
+               "cube-triple": (1000, 3000, 500_000, 0.1, 0.3)}                     # the last three are ours
+    assert set(table_3) == set(envs.TASKS)
+    for task, row in table_3.items():
+        assert preset(task, table) == preset(task, table, "online") == tuple(table.values())
+        assert preset(task, columns) == row
+        table_2 = (0.001, 0.15) if task in ("lift", "can", "square") else (0.1, 0.3)
+        assert preset(task, columns, "online") == (*row[:2], 0, *table_2)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc only")

@@ -1,0 +1,199 @@
+"""The loop of stage II and its interaction with the environment, on an environment that costs nothing (counter.py).
+
+    python -m pytest tests/test_loop.py
+
+What is stored, when the actor is frozen, who is evaluated how often, which checkpoint is the best; stage I's loss.
+Not here: the updates (test_update.py), whole runs with a simulator and their resumption (test_train.py).
+"""
+import csv
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+import train_offline
+import train_online
+from counter import HORIZON, LIMIT, Counter
+from flow_policy import FlowPolicy
+from logbook import Clock, Logbook, load_checkpoint
+from replay import ChunkReplay
+
+DEMOS = 6
+
+
+@pytest.fixture(autouse=True)
+def toy_task(monkeypatch):
+    monkeypatch.setitem(envs.TASKS, "toy", dataclasses.replace(envs.TASKS["lift"], obs_dim=3, action_dim=2))
+    monkeypatch.setattr(envs, "make_env", lambda *_, **__: Counter(0.0, LIMIT))
+
+
+class Actor:
+    """Acts at random and knows its name."""
+
+    def __init__(self, mode):
+        self.mode = mode
+
+    def to(self, device):
+        return self
+
+    def __call__(self, obs, rng):
+        return rng.uniform(-1, 1, (HORIZON, 2)).astype(np.float32)
+
+
+class Agent:
+    """Learns nothing; remembers what it was told."""
+
+    name, stats, device = "fake", ("q",), torch.device("cpu")
+    modes, collects = ("policy", "best"), "best"
+    draw = staticmethod(ChunkReplay.sample)
+
+    def __init__(self, *_):
+        self.actors, self.moves, self.flags = {mode: Actor(mode) for mode in self.modes}, [], []
+
+    def acting(self, mode):
+        return self.actors[mode]
+
+    def observe(self, move):
+        self.moves.append(move)
+
+    def update(self, batch, warmup):
+        self.flags.append(warmup)
+        return {"q": torch.tensor(float(len(self.flags)))}
+
+    def state_dict(self):
+        return {}
+
+
+def arguments(**changes):
+    return train_online.LoopArgs(**dict(task="toy", horizon=HORIZON, batch_size=8, workers=1, capacity=60) | changes)
+
+
+def demonstrations():
+    rows = np.arange(DEMOS, dtype=np.float32)
+    return {"obs": np.tile(rows[:, None], 3), "action": np.zeros((DEMOS, 2)), "reward": rows,
+            "next_obs": np.tile(rows[:, None] + 1, 3), "terminated": rows == DEMOS - 1, "truncated": np.zeros(DEMOS)}
+
+
+def world_of(agent, **changes):
+    world = train_online.Interaction(arguments(**changes), agent, Clock(), DEMOS)
+    world.start(demonstrations())
+    return world
+
+
+def test_every_step_is_stored_as_it_was_with_the_offset_and_episodes_are_counted():
+    agent = Agent()
+    world = world_of(agent, discount=0.5, reward_offset=-0.25, demo_share=0.25)
+    for _ in range(400):
+        world.step()
+    replay, data = world.replay, world.replay.data
+    assert (replay.capacity, replay.demos, replay.online) == (DEMOS + 60, DEMOS, 60)
+    assert (replay.discount, replay.demo_share, replay.horizon) == (0.5, 0.25, HORIZON)
+    assert data["reward"][:DEMOS].tolist() == [row - 0.25 for row in range(DEMOS)]
+    assert len(agent.moves) == world.steps == 400
+    for step in range(340, 400):
+        move, row = agent.moves[step], DEMOS + step % 60
+        for name in ("obs", "action", "next_obs", "terminated", "truncated"):
+            assert np.array_equal(data[name][row], np.asarray(getattr(move, name), np.float32)), name
+        assert data["reward"][row] == move.reward - 0.25
+    ends = [move for move in agent.moves if move.terminated or move.truncated]
+    assert {(move.terminated, move.truncated) for move in ends} == {(True, False), (False, True)}
+    assert world.episodes == len(ends) > 25 and world.recent == [float(move.success) for move in ends[-20:]]
+    assert world.success() == np.mean(world.recent)
+
+
+def test_training_never_plays_an_evaluation_episode_and_no_episode_twice():
+    agent = Agent()
+    world = world_of(agent)
+    for _ in range(400):
+        world.step()
+    seeds = [int(move.obs[0]) for move in agent.moves if move.obs[1] == 0]
+    assert len(set(seeds)) == len(seeds) > 25 and max(seeds) < train_offline.EVAL_SEED
+    asked = []
+    evaluator = SimpleNamespace(run=lambda acting, episodes, seed: asked.append((episodes, seed)))
+    train_offline.run_evaluation(evaluator, Actor("policy"), 7)
+    assert asked == [(7, 1_000_000)]                         # the same for every run and method: they are paired
+
+
+def test_the_seed_decides_episodes_actions_and_batches_by_streams_of_their_own():
+    def first(seed):
+        world = world_of(agent := Agent(), seed=seed)
+        world.step()
+        return int(agent.moves[0].obs[0]), agent.moves[0].action[0].item(), next(world.batches()).obs[:, 0].tolist()
+    one, again, other = first(3), first(3), first(4)
+    assert one == again and all(a != b for a, b in zip(one, other))
+    fresh = train_online.Interaction(arguments(), Agent(), Clock(), DEMOS)
+    assert fresh.act_rng.random() != fresh.episode_rng.random()
+
+
+RATES = {"policy": {0: 0.0, 3: 1.0, 6: 0.25, 9: 0.5, 12: 0.5, 13: 0.25}, "best": {12: 1.0}}
+
+
+def test_warm_up_evaluations_rows_and_the_best_checkpoint(tmp_path, monkeypatch):
+    """13 steps, 5 of warm-up; the best is the first best of the first mode after the warm-up, here that of step 9."""
+    agent, asked = Agent(), []
+    args = arguments(online_steps=13, warmup_steps=5, eval_every=3, eval_episodes=4, final_episodes=8, log_every=2)
+
+    def run_evaluation(_, acting, episodes, where, left):
+        step = int(where.split()[-1])
+        assert acting is not agent.actors[acting.mode]       # the one that collects may hold what it has just done
+        asked.append((step, acting.mode, episodes))
+        success = np.arange(episodes) < episodes * RATES[acting.mode].get(step, 0.0)
+        return envs.EvalResult(np.arange(episodes), success, np.ones(episodes), np.ones(episodes))
+    monkeypatch.setattr(train_online, "run_evaluation", run_evaluation)
+    columns = [*train_online.COLUMNS, *agent.stats, *(f"time/{phase}" for phase in train_online.PHASES)]
+    book = Logbook.create(tmp_path / "run", dataclasses.asdict(args), columns)
+    assert train_online.train(args, agent, demonstrations(), Clock(), book)
+    assert agent.flags == [True] * 5 + [False] * 8
+    assert asked == [(0, "policy", 8)] + [(step, mode, 8 if step == 13 else 4) for step in (3, 6, 9, 12, 13)
+                                          for mode in agent.modes]
+    best, last = (load_checkpoint(book.folder / f"{name}.pt") for name in ("best", "last"))
+    assert (best["world"]["steps"], best["report"]["best"], last["world"]["steps"]) == (9, 0.5, 13)
+    with open(book.folder / "progress.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [int(row["updates"]) for row in rows] == [2, 4, 6, 8, 10, 12]
+    assert [float(row["q"]) for row in rows] == [1.5, 3.5, 5.5, 7.5, 9.5, 11.5]      # means since the row before
+    assert [int(row["warmup"]) for row in rows] == [1, 1, 0, 0, 0, 0]
+    assert last["report"]["sums"]["q"][1] == 1               # of step 13
+
+
+def test_stage_two_begins_with_the_same_random_numbers_whatever_stage_one_drew(tmp_path, monkeypatch):
+    found = []
+
+    def load(draws):
+        torch.rand(draws)
+        return FlowPolicy(3, 2, HORIZON, 8, 1, 1)
+
+    def begin(args, policy, clock):
+        found.append(torch.rand(1).item())
+        raise InterruptedError
+    begin.name, begin.stats = "fake", ()
+    monkeypatch.setattr(train_online, "demonstrations", lambda args: demonstrations())
+    for draws in (1, 1000):
+        argv = ["--preset", "cpu", "--threads", "1", "--device", "cpu", "--run-dir", str(tmp_path / str(draws))]
+        with pytest.raises(InterruptedError):
+            train_online.main(argv, agent_class=begin, load=lambda *_: load(draws))
+    assert found[0] == found[1]
+
+
+def test_stage_one_masks_what_is_missing_and_has_its_own_rate(monkeypatch):
+    """Recordings of 3 steps and chunks of 5: the loss must be told."""
+    masks, saved = [], []
+    loss = FlowPolicy.cfm_loss
+
+    def spy(policy, context, actions, valid=None, **more):
+        masks.append(valid)
+        return loss(policy, context, actions, valid, **more)
+    monkeypatch.setattr(FlowPolicy, "cfm_loss", spy)
+    args = train_offline.Args(task="toy", horizon=5, hidden=8, layers=1, batch_size=32, pretrain_steps=2,
+                              learning_rate=0.007)
+    data = demonstrations() | {"truncated": np.arange(DEMOS) % 3 == 2}
+    book = SimpleNamespace(log=lambda *_, **__: None, save=lambda name, state: saved.append(state), last_good=str)
+    policy = train_offline.pretrain(args, data, torch.device("cpu"), book)
+    assert len(masks) == 2 and set(masks[0].sum(1).tolist()) == {1.0, 2.0, 3.0}
+    assert saved[-1]["step"] == 2 and saved[-1]["optimizer"]["param_groups"][0]["lr"] == 0.007
+    assert torch.equal(policy.obs_mean, torch.full((3,), 2.5))
+    args.normalize = False
+    assert torch.equal(train_offline.make_policy(args, torch.device("cpu"), data).obs_mean, torch.zeros(3))
