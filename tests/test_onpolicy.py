@@ -237,6 +237,29 @@ def test_the_ratios_are_1_before_the_first_update_and_not_after_it(name, monkeyp
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_ratios_and_kl_are_those_of_the_moved_policy_over_executed_cells(name, monkeypatch):
+    agent, seen = make(name, epochs=1), spy(monkeypatch)
+    batch = rollout(agent, start(agent))[0]
+    batch = batch._replace(valid=(torch.arange(HORIZON) < torch.randint(1, HORIZON + 1, (24, 1))).float())
+    for value in [*agent.policy.parameters(), *getattr(agent.log_std, "parameters", list)()]:
+        value.data += 0.03 * torch.randn_like(value)
+    with torch.no_grad():
+        steps = ppo.all_steps(agent.policy, agent.log_std, batch.obs, batch.chain)
+    old, new = (D.Normal(mean, log_std.exp()) for mean, log_std in ((batch.mean, batch.log_std), steps))
+    moved = (new.log_prob(batch.chain[:, 1:]) - old.log_prob(batch.chain[:, 1:])).mean(-1) * batch.valid[:, None]
+    expected = moved.sum(-1) / batch.valid.sum(1, keepdim=True)                              # (B, K)
+    kl = agent.update(batch, False)["kl"]
+    assert torch.allclose(seen[0][0], expected if name == "dppo" else expected.mean(1), atol=1e-5)
+    assert torch.isclose(kl, D.kl_divergence(old, new).sum((1, 2, 3)).mean(), rtol=1e-4) and kl > 0.01
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_policy_and_value_have_rates_of_their_own(name):
+    agent = make(name, policy_learning_rate=0.002, online_learning_rate=0.03)
+    assert [one.param_groups[0]["lr"] for one in (agent.actor_optimizer, agent.value_optimizer)] == [0.002, 0.03]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_the_ratio_is_exactly_1_in_float64(name):
     agent = make(name)
     obs, _, chain = chains(agent)
@@ -276,10 +299,11 @@ def test_reinflows_noise_grows_with_the_weight_of_its_entropy_alone():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_rollout_that_began_in_warm_up_trains_the_value_alone(name):
-    agent = make(name, warmup_steps=73, epochs=2)            # a rollout has 72 steps: the second began before 73
+@pytest.mark.parametrize("warmup, rollouts", [(72, 1), (73, 2)])
+def test_a_rollout_that_began_in_warm_up_trains_the_value_alone(name, warmup, rollouts):
+    agent = make(name, warmup_steps=warmup, epochs=2)        # a rollout has 72 steps: the second began before 73
     world, policy, value = start(agent), parameters(agent.policy), parameters(agent.value)
-    assert [set(stats) for stats in drive(agent, world, 144)] == [{"value", "returns"}] * 4
+    assert [set(stats) for stats in drive(agent, world, 72 * rollouts)] == [{"value", "returns"}] * 2 * rollouts
     assert torch.equal(parameters(agent.policy), policy) and not torch.equal(parameters(agent.value), value)
     drive(agent, world, 72)
     assert not torch.equal(parameters(agent.policy), policy)
@@ -293,7 +317,26 @@ def test_the_value_learns_its_returns():
     assert losses[-1] < 0.2 * losses[0]
 
 
+def test_the_value_standardises_its_observation_and_bounds_what_is_far_off():
+    agent = make("dppo")
+    obs = torch.tensor([[800.0, 0.5], [500 + 300 * 6.0, 1.5], [500 + 300 * 9.0, 1.5]])
+    assert torch.equal(agent.value(obs), agent.value.body(torch.tensor([[1.0, -1.0], [5.0, 0.0], [5.0, 0.0]]))[:, 0])
+
+
 # ---- the rollouts ----------------------------------------------------------------------------------------------------
+
+def test_every_episode_is_a_new_one_that_no_evaluation_plays(monkeypatch):
+    seen, real = [], Toy.reset
+    monkeypatch.setattr(Toy, "reset", lambda env, *, seed=None, options=None: seen.append(seed) or real(env, seed=seed))
+    agent = make("dppo", seed=3)
+    world = start(agent)
+    for _ in range(72):
+        world.step()
+    assert len(set(seen)) == len(seen) == 28 and max(seen) < train_offline.EVAL_SEED
+    assert world.episodes == 24 and len(world.recent) == 20 and world.success() == np.mean(world.recent)
+    start(make("dppo", seed=4))
+    assert seen[28:] != seen[:4]
+
 
 @pytest.mark.parametrize("truncates", [False, True])
 def test_a_chunk_is_remembered_with_its_own_last_observation_and_discount(truncates, monkeypatch):
