@@ -5,6 +5,7 @@ import subprocess
 import sys
 from ctypes.util import find_library
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -481,6 +482,16 @@ def test_lights_out_is_solved():
                 distance = abs(button // 3 - other // 3) + abs(button % 3 - other % 3)
                 lights[other] ^= distance <= 1
         assert np.array_equal(lights, goal)
+
+
+def test_a_cube_is_within_reach_unless_another_lies_on_it_or_the_drawer_holds_it():
+    places = np.array([[0.4, 0.0, 0.02], [0.41, 0.01, 0.06], [0.4, 0.1, 0.06], [0.3, -0.3, 0.07]])
+    qpos = np.zeros(14 + 7 * 4)
+    qpos[14:].reshape(4, 7)[:, :3] = places
+    world = SimpleNamespace(_data=SimpleNamespace(qpos=qpos))
+    assert [ogbench._within_reach(world, i, 4) for i in range(4)] == [False, True, True, True]
+    world._is_in_drawer = lambda place: place[1] < -0.2
+    assert [ogbench._within_reach(world, i, 4) for i in range(4)] == [False, True, True, False]
 
 
 def test_out_of_sight_is_ogbenchs_rule():

@@ -139,6 +139,15 @@ def test_what_acts_follows_at_policy_tau_and_the_target_critic_at_tau(name):
         assert torch.allclose(parameters(agent.target), target + 0.5 * (parameters(agent.critic) - target), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "rlpd-ac"])
+def test_warm_up_leaves_the_cloned_policy_alone(name):
+    agent = make(name)
+    before = parameters(agent.policy)
+    for _ in range(3):
+        update(agent, cut_batch(), warmup=True)
+    assert torch.equal(parameters(agent.policy), before)
+
+
 @pytest.mark.parametrize("name, mode", [("poco", "policy"), ("poco", "posterior"), ("qc", "policy"), ("qc", "best"),
                                         ("ogpo", "policy"), ("ogpo", "chain")])
 def test_the_average_acts_and_a_critic_that_chooses_is_the_online_one(name, mode):
@@ -191,3 +200,15 @@ def test_neither_the_actor_moves_for_the_temperature_nor_the_temperature_for_the
         batch.obs, 2 * chunk[:, None])
     expected = torch.autograd.grad(alpha * log_density.mean() - q.mean(), list(agent.actor.parameters()))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("name", ["dsrl-na", "dsrl-sac"])
+def test_dsrls_target_rates_the_chunk_that_chosen_noise_becomes_and_dsrl_sacs_the_noise(name):
+    agent, batch = make(name, noise_bound=0.7), cut_batch()
+    agent.steered.ready.fill_(1)
+    torch.manual_seed(5)
+    w = 0.7 * agent.actor(batch.next_obs, torch.randn(64, HORIZON, ACTION))[0][:, None]
+    rated = agent.policy.sample(agent.policy.encode(batch.next_obs), 1, w) if name == "dsrl-na" else w
+    expected = (batch.returns + batch.bootstrap * agent.target(batch.next_obs, rated).mean((0, 2))).mean()
+    torch.manual_seed(5)
+    assert torch.isclose(agent.update(batch, True)["target"], expected)
