@@ -1,6 +1,7 @@
 """The two training scripts, end to end at toy size: real simulator, real files, exact resume, clear refusals."""
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -237,21 +238,35 @@ def test_the_online_setting_has_no_stage_one(demo_file, tmp_path, monkeypatch):
 def test_a_checkpoint_is_evaluated_with_its_own_arguments(uninterrupted, capsys):
     for flag in ("--eval", "--resume"):
         assert train_offline.parse(train_online.Args, [flag, str(uninterrupted), "--preset", "auto"]).preset == "cpu"
+    for change in ("--seed 5", "--setting online", "--demo-episodes 9", "--no-normalize", "--checkpoint other.pt"):
+        with pytest.raises(UserError, match="was begun with .*: it cannot go on with"):
+            train_offline.parse(train_online.Args, ["--resume", str(uninterrupted), *change.split()])
     train_online.main(["--eval", str(uninterrupted), "--final-episodes", "1"])
     printed = capsys.readouterr().out
     assert "acting from the policy: success" in printed and "acting from the posterior: success" in printed
 
 
 def test_acting_from_the_posterior_takes_the_candidate_the_critic_prefers():
+    torch.manual_seed(0)
     policy = train_online.make_policy(train_offline.Args(hidden=16, layers=1, flow_steps=1), torch.device("cpu"))
 
-    def critic(_, chunks):                                    # likes a large first action
-        return chunks[..., 0, 0].unsqueeze(0)
-    obs = np.zeros((1, 19), np.float32)
-    chosen = train_offline.Acting(policy, critic, 64, 1e-6)(obs, np.random.default_rng(0))
+    def critic(_, chunks, best=0.3):                          # likes a certain first action
+        return -(chunks[..., 0, 0] - best).square().unsqueeze(0)
+
+    def heads(obs, chunks):
+        return torch.cat([3 * critic(obs, chunks), critic(obs, chunks, -0.3)])
+
+    def act(critic, temperature, seed=0, **options):
+        acting = train_offline.Acting(policy, critic, 64, temperature, **options)
+        return acting(np.zeros((1, 19), np.float32), np.random.default_rng(seed))
     noise = np.random.default_rng(0).standard_normal((1, 64, 5, 7), dtype=np.float32)
-    candidates = policy.sample(policy.encode(torch.zeros(1, 19)), 64, noise=torch.as_tensor(noise))[0]
-    assert chosen[0, 0] == candidates[:, 0, 0].max() and chosen.shape == (5, 7)
+    candidates = policy.sample(policy.encode(torch.zeros(1, 19)), 64, noise=torch.as_tensor(noise))
+    two = heads(None, candidates)
+    best, average, lower = (int(q.argmax()) for q in (critic(None, candidates), two.mean(0), two.amin(0)))
+    assert np.array_equal(act(critic, 1e-6), candidates[0, best]) and len({best, average, lower}) == 3
+    assert np.array_equal(act(heads, 1e-6), candidates[0, average])
+    assert np.array_equal(act(heads, 1e-6, pessimism=1.0), candidates[0, lower])
+    assert max(abs(act(critic, 1e6, seed)[0, 0] - 0.3) for seed in range(20)) > 0.5          # a draw, not the mode
 
 
 def test_what_hardly_moves_in_the_demonstrations_gets_no_huge_unit():
@@ -335,6 +350,13 @@ def test_freed_activations_are_not_mapped_anew():
             "faults(), train_offline.keep_memory(), faults()\n"
             "assert faults() < 500")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("gpu, preset", [(True, "paper"), (False, "cpu")])
+def test_the_automatic_preset_is_the_papers_where_there_is_a_gpu(gpu, preset, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert train_offline.resolve_preset("auto")[0] == preset
+    assert train_offline.parse(train_online.Args, []).online_steps == {"paper": 500_000, "cpu": 15_000}[preset]
 
 
 def test_flags_win_over_the_preset():
@@ -440,6 +462,32 @@ def test_what_stage_one_advises_can_be_done(demo_file, stage_one, uninterrupted,
     train_online.main([*command, "--checkpoint", "beside"])
     with pytest.raises(UserError, match="method poco, not of method bc"):
         train_offline.main(["--eval", str(uninterrupted)])
+
+
+def test_stage_one_is_taken_up_only_with_what_it_was_begun_with(demo_file, stage_one):
+    args = train_offline.parse(train_offline.Args, [*TOY, "--data", str(demo_file), "--pretrain-steps", "20",
+                                                    "--run-dir", str(stage_one)])
+    for name in ("demo_episodes", "horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate",
+                 "normalize", "pretrain_steps", "seed"):
+        value = getattr(args, name)
+        other = dataclasses.replace(args, **{name: not value if value is True else 2 * value + 1})
+        with pytest.raises(UserError, match=f"was trained with another {name}:"):
+            train_offline.stage_one(other, torch.device("cpu"), {})
+
+
+def test_stage_two_never_overwrites_its_stage_one_and_another_horizon_has_another(tmp_path, monkeypatch):
+    asked = []
+
+    def create(folder, args, columns, overwrite):
+        asked.append((str(folder), overwrite))
+        raise InterruptedError
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_offline.Logbook, "create", create)
+    for horizon in (5, 1):
+        with pytest.raises(InterruptedError):
+            args = train_online.Args(horizon=horizon, run_dir="run", overwrite=True)
+            train_offline.load_policy(args, torch.device("cpu"), {})
+    assert asked == [("runs/lift-bc-s0", False), ("runs/lift-bc-h1-s0", False)]
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
