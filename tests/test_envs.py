@@ -140,6 +140,25 @@ def test_action_of_the_wrong_shape_is_refused(env):
         env.step(np.zeros(6))
 
 
+def test_a_simulator_gets_actions_in_range_and_every_episode_its_whole_limit():
+    class Plain(envs.SimulatorEnv):
+        def _build(self, render, env_args):
+            pass
+
+        def _reset(self, seed):
+            return np.zeros(19)
+
+        def _advance(self, action):
+            self.got = action
+            return np.zeros(19), [False]
+
+    env = Plain(envs.TASKS["lift"], episode_limit=2)
+    env.reset(seed=0)
+    assert not env.step(np.linspace(-3, 3, 7))[3] and np.array_equal(env.got, [-1, -1, -1, 0, 1, 1, 1])
+    env.reset(seed=0)
+    assert [env.step(np.zeros(7))[3] for _ in range(2)] == [False, True]
+
+
 # ------------------------------------------------------------------------------------- seeds and exactness
 def test_reset_seed_decides_cube_and_arm(env):
     one, two, again = env.reset(seed=1)[0], env.reset(seed=2)[0], env.reset(seed=1)[0]
