@@ -383,6 +383,8 @@ def test_resume_refuses_what_is_not_the_run_asked_for(book, tmp_path):
         Logbook.resume(book.folder, COLUMNS, task="lift", method="qc")
     with pytest.raises(UserError, match=r"other columns \(q/max, time/env\)"):
         Logbook.resume(book.folder, ["success", "q/mean", "q/max"])
+    with pytest.raises(UserError, match=r"other columns \(their order\)"):       # rows would mix
+        Logbook.resume(book.folder, COLUMNS[::-1])
     (book.folder / "args.json").write_text("{")
     with pytest.raises(UserError, match="args.json"):
         Logbook.resume(book.folder, COLUMNS)

@@ -156,6 +156,9 @@ def test_warm_up_evaluations_rows_and_the_best_checkpoint(tmp_path, monkeypatch)
     assert [int(row["step"]) for row in rows] == [int(row["updates"]) for row in rows] == [2, 4, 6, 8, 10, 12]
     assert [float(row["q"]) for row in rows] == [1.5, 3.5, 5.5, 7.5, 9.5, 11.5]      # means since the row before
     assert [int(row["warmup"]) for row in rows] == [1, 1, 0, 0, 0, 0]
+    for row in rows:
+        busy = sum(float(row[f"time/{phase}"]) for phase in train_online.PHASES)
+        assert [float(row[name]) * busy for name in ("env_steps_per_s", "updates_per_s")] == pytest.approx([2, 2])
     assert last["report"]["sums"]["q"][1] == 1               # of step 13
 
 
