@@ -229,15 +229,15 @@ def test_robomimics_own_dataset_opens_the_file(path):
 
 
 # ------------------------------------------------------------------------------------ labels of foreign files
-def write(path, rewards, actions=None):
-    """A file as robomimic writes it, with demonstrations of the given rewards."""
+def write(path, rewards, reach=1.0):
+    """A file as robomimic writes it, with demonstrations of the given rewards and actions of this reach."""
     rng = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
         data.attrs["env_args"] = '{"env_name": "Lift", "type": 1, "env_kwargs": {"reward_shaping": false}}'
         for index, reward in enumerate(rewards):
             group, steps = data.create_group(f"demo_{index}"), len(reward)
-            group["actions"], group["rewards"] = rng.uniform(-1, 1, (steps, 7)), np.array(reward, np.float64)
+            group["actions"], group["rewards"] = rng.uniform(-reach, reach, (steps, 7)), np.array(reward, np.float64)
             group["dones"] = np.zeros(steps, np.int64)
             for key, size in zip(envs.TASKS["lift"].obs_keys, envs.TASKS["lift"].obs_sizes):
                 values = rng.normal(size=(steps + 1, size))
@@ -250,6 +250,28 @@ def test_the_first_success_ends_a_demonstration_and_a_failure_is_truncated(tmp_p
     assert data["reward"].tolist() == [0, 0, 1, 0, 0]
     assert data["terminated"].tolist() == [False, False, True, False, False]
     assert data["truncated"].tolist() == [False, False, False, False, True]
+
+
+def test_actions_of_a_file_are_clipped(tmp_path):
+    plain, wide = (demos.load(write(tmp_path / f"{reach}.hdf5", [[0] * 20], reach), "lift")["action"]
+                   for reach in (1, 3))
+    assert np.allclose(wide, np.clip(3 * plain, -1, 1)) and np.abs(plain).max() < 1 == np.abs(wide).max()
+
+
+def test_a_saved_episode_says_how_it_ended(tmp_path):
+    """By success, by failure, by time; robomimic's dones are set for the first two."""
+    episodes = [{"obs": np.zeros((4, 19)), "action": np.zeros((3, 7)), "success": [False, False, won], "seed": 5,
+                 "states": np.zeros((3, 2)), "failed": failed} for won, failed in ((True, False), (False, True),
+                                                                                   (False, False))]
+    path = demos.save(tmp_path / "x.hdf5", envs.TASKS["lift"], {"env_name": "Lift", "env_kwargs": {}}, episodes)
+    with h5py.File(path) as file:
+        assert file["data"].attrs["total"] == 9
+        found = [file[f"data/demo_{i}"] for i in range(3)]
+        assert [one["dones"][:].tolist() for one in found] == [[0, 0, 1], [0, 0, 1], [0, 0, 0]]
+        assert [one.attrs["num_samples"] for one in found] == [3, 3, 3]
+    data = demos.load(path)
+    assert np.flatnonzero(data["terminated"]).tolist() == [2, 5] and np.flatnonzero(data["truncated"]).tolist() == [8]
+    assert data["reward"].tolist() == [0, 0, 1] + [0] * 6
 
 
 def test_demonstrations_are_read_in_numerical_order(tmp_path):

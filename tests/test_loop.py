@@ -18,7 +18,7 @@ import train_offline
 import train_online
 from counter import HORIZON, LIMIT, Counter
 from flow_policy import FlowPolicy
-from logbook import Clock, Logbook, load_checkpoint
+from logbook import Clock, Logbook, Report, load_checkpoint
 from replay import ChunkReplay
 
 DEMOS = 6
@@ -200,3 +200,17 @@ def test_stage_one_masks_what_is_missing_and_has_its_own_rate(monkeypatch):
     assert torch.equal(policy.obs_mean, torch.full((3,), 2.5))
     args.normalize = False
     assert torch.equal(train_offline.make_policy(args, torch.device("cpu"), data).obs_mean, torch.zeros(3))
+
+
+def test_a_resumed_report_counts_on():
+    rows, clock = [], Clock()
+    one, other = (Report(SimpleNamespace(log=lambda step, **row: rows.append(row)), clock, ("env",)) for _ in range(2))
+    one.add({"q": torch.tensor(1.0)})
+    one.best, one.seconds["env"] = 0.5, 7.0
+    other.load_state_dict(one.state_dict(), 4)
+    other.add({"q": torch.tensor(3.0)})
+    with clock("env"):
+        pass
+    other.write(5)
+    assert (rows[0]["q"], rows[0]["updates"], other.best) == (2.0, 2, 0.5) and other.seconds["env"] > 7
+    assert rows[0]["env_steps_per_s"] == rows[0]["updates_per_s"] == 1 / rows[0]["time/env"]
