@@ -212,3 +212,14 @@ def test_dsrls_target_rates_the_chunk_that_chosen_noise_becomes_and_dsrl_sacs_th
     expected = (batch.returns + batch.bootstrap * agent.target(batch.next_obs, rated).mean((0, 2))).mean()
     torch.manual_seed(5)
     assert torch.isclose(agent.update(batch, True)["target"], expected)
+
+
+def test_qcs_choice_for_the_target_is_the_online_critics_and_as_wary_as_its_acting(monkeypatch):
+    agent, seen, plain = make("qc", num_candidates=7, pessimism=0.5), [], qc.best_of_n
+
+    def spy(policy, critic, obs, n, pessimism=0.0):
+        seen.append((policy is agent.policy, critic is agent.critic, n, pessimism))
+        return plain(policy, critic, obs, n, pessimism)
+    monkeypatch.setattr(qc, "best_of_n", spy)
+    agent.update(cut_batch(), True)
+    assert seen == [(True, True, 7, 0.5)]
