@@ -246,7 +246,7 @@ def write(path, rewards, reach=1.0):
 
 
 def test_the_first_success_ends_a_demonstration_and_a_failure_is_truncated(tmp_path):
-    data = demos.load(write(tmp_path / "a.hdf5", [[0, 0, 1, 1, 1], [0, 0]]), "lift")
+    data = demos.load(write(tmp_path / "a.hdf5", [[0, 0, 2, 1, 1], [0, 0]]), "lift")
     assert data["reward"].tolist() == [0, 0, 1, 0, 0]
     assert data["terminated"].tolist() == [False, False, True, False, False]
     assert data["truncated"].tolist() == [False, False, False, False, True]

@@ -323,7 +323,14 @@ def test_the_slow_policy_and_the_average_follow_at_their_own_rates():
     end = parameters(agent.policy)
     assert torch.allclose(parameters(agent.actor), start + 0.25 * (end - start), atol=1e-6)
     assert torch.allclose(parameters(agent.slow), start + 0.125 * (end - start), atol=1e-6)
-    assert not torch.equal(start, end)
+    assert not torch.equal(start, end) and ogpo.Args().policy_tau == 0.005
+
+
+def test_chains_are_imagined_and_rated_for_the_first_prompts_of_the_batch(monkeypatch):
+    agent, seen, batches = make("ogpo"), [], pair()
+    monkeypatch.setattr(agent, "update_actor", lambda context, chains, *_: seen.append((context, chains.shape)) or {})
+    agent.update(batches, warmup=False)
+    assert torch.equal(seen[0][0], agent.policy.encode(batches[0].obs[:8])) and seen[0][1][:2] == (8, 4)
 
 
 def test_the_target_is_the_mean_over_next_chunks_of_the_averaged_actor():
@@ -344,10 +351,12 @@ def test_the_target_is_the_mean_over_next_chunks_of_the_averaged_actor():
     assert seen == [5, agent.args.group]
 
 
-def test_collecting_takes_the_best_of_n_chains_under_the_minimum_of_two_heads():
+@pytest.mark.parametrize("seed", range(6))
+def test_collecting_takes_the_best_of_n_chains_under_the_minimum_of_two_heads(seed):
     agent, obs = make(best_of=6), np.ones((1, OBS), np.float32)
-    chosen = agent.acting("chain")(obs, np.random.default_rng(4))
-    rng = np.random.default_rng(4)
+    shake(agent.target, 0.5)                                  # until the heads disagree
+    chosen = agent.acting("chain")(obs, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
     noise = torch.as_tensor(rng.standard_normal((1, 6, agent.policy.flow_steps + 1, HORIZON, ACTION), np.float32))
     chunks = ogpo.sample_chains(agent.actor, torch.as_tensor(obs), noise, agent.args.noise)[:, :, -1].clamp(-1, 1)
     two = rng.permutation(3)[:2]
