@@ -114,7 +114,7 @@ def observe(task, seen) -> np.ndarray:
              seen["proprio/gripper_opening"] * 3.0, seen["contact"]]
     for i in range(cubes):
         place, rotation = np.split(qpos[:, 14 + 7 * i : 21 + 7 * i], [3], axis=1)
-        turn = _yaw(rotation.T)[:, None]
+        turn = np.array([[_yaw(one)] for one in rotation.tolist()])  # one by one: an array's squares round differently
         parts += [(place - CENTER) * 10.0, rotation, np.cos(turn), np.sin(turn)]
     joints, speeds = qpos[:, 14 + 7 * cubes :, None], qvel[:, 14 + 6 * cubes :, None]
     for i in range(buttons):

@@ -128,3 +128,17 @@ def test_plans_are_ogbenchs_own(task):
             told.append(kind)
     assert len(told) == 4 * (1 + len(kinds))
     env.close()
+
+
+def test_a_cubes_turn_is_ogbenchs_own_to_the_last_bit():
+    """numpy squares a number and an array of numbers differently, which shows when a cube stands on its edge."""
+    from ogbench.manipspace.lie import SO3
+
+    task, rows = envs.TASKS["cube-double"], np.random.default_rng(0).normal(size=(3000, 28))
+    seen = {"qpos": rows, "qvel": rows[:, :26], "proprio/effector_pos": rows[:, :3]}
+    seen |= dict.fromkeys(("proprio/effector_yaw", "proprio/gripper_opening", "contact"), rows[:, :1])
+    observed = control.observe(task, seen)
+    for i in range(2):
+        yaws = np.array([[SO3(row).compute_yaw_radians()] for row in rows[:, 17 + 7 * i : 21 + 7 * i]])
+        own = np.concatenate([[np.cos(yaw), np.sin(yaw)] for yaw in yaws], axis=1).T
+        assert np.array_equal(observed[:, 26 + 9 * i : 28 + 9 * i], own)
