@@ -27,7 +27,7 @@ import envs
 from chunk_critic import aggregate
 from flow_policy import FlowPolicy
 from logbook import (Clock, Interrupt, Logbook, Progress, UserError, check_numbers, cli, curve, fitting,
-                     load_checkpoint, read_args, refuse_nonfinite, usable_device)
+                     load_checkpoint, plainly, read_args, refuse_nonfinite, usable_device)
 from poco import posterior_weights
 from replay import ChunkReplay
 
@@ -197,26 +197,22 @@ class Acting:
         return chunks[0, pick].cpu().numpy()
 
 
+@plainly()
 def demonstrations(args):
     """Transitions as arrays; args.data then names their file."""
-    try:
-        path = demos.obtain(args.task, args.preset, args.data, args.demo_episodes, args.seed, args.workers)
-        args.data = str(path)
-        data, world = demos.load(path, args.task, args.demo_episodes), environment(args)
-        if world["env_args"]:
-            envs.make_env(args.task, **world).close()        # refuses another simulator's file now, not after stage I
-        return data
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise UserError(str(error)) from error
+    path = demos.obtain(args.task, args.preset, args.data, args.demo_episodes, args.seed, args.workers)
+    args.data = str(path)
+    data, world = demos.load(path, args.task, args.demo_episodes), environment(args)
+    if world["env_args"]:
+        envs.make_env(args.task, **world).close()            # refuses another simulator's file now, not after stage I
+    return data
 
 
+@plainly()
 def environment(args):
     """Arguments of make_env and Evaluator: with the simulator's settings of a file that was not made here."""
     own = args.data is None or Path(args.data) == demos.made(args.task, args.demo_episodes, args.seed)
-    try:
-        return {"episode_limit": args.episode_limit, "env_args": None if own else demos.env_args(args.data, args.task)}
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
+    return {"episode_limit": args.episode_limit, "env_args": None if own else demos.env_args(args.data, args.task)}
 
 
 def make_policy(args, device, data=None):
