@@ -1,11 +1,11 @@
-"""OGBench: the four tasks, the one reward rule, play data, and files that must be refused."""
+"""OGBench: the four tasks, the one reward rule, play data, and files that must be refused. How play is made:
+test_play.py."""
 import os
 import pickle
 import subprocess
 import sys
 from ctypes.util import find_library
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -316,8 +316,8 @@ def test_a_step_is_labelled_by_the_state_it_leads_to(tmp_path):
     task = envs.TASKS["cube-double"]
     qpos = solved_qpos(task, 14, slice(3, 5))
     qpos[9, 14:17] = task.goal.cubes[0]  # one cube of two
-    data = ogbench.load(write(tmp_path / "x.npz", qpos=qpos), task)
-    assert list(data["obs"][:, 0]) == [0, 1, 2, 5, 7, 8, 9, 10, 11, 12]
+    data = ogbench.load(write(tmp_path / "x.npz", qpos=qpos, actions=np.full((14, 5), 1.5, np.float32)), task)
+    assert list(data["obs"][:, 0]) == [0, 1, 2, 5, 7, 8, 9, 10, 11, 12] and (data["action"] == 1).all()
     assert list(data["next_obs"][:, 0]) == [1, 2, 3, 6, 8, 9, 10, 11, 12, 13]
     assert list(np.flatnonzero(data["terminated"])) == [2] and list(np.flatnonzero(data["truncated"])) == [3, 9]
     assert list(data["reward"]) == [-2, -2, 0, -2, -2, -1, -2, -2, -2, -2]
@@ -422,83 +422,6 @@ def test_only_ogbench_has_play_data(tmp_path):
         ogbench.collect("lift", 1, 0, tmp_path / "x.npz")
     with pytest.raises(ValueError, match="at least one trajectory"):
         ogbench.collect("scene", 0, 0, tmp_path / "x.npz")
-
-
-def test_a_scene_whose_cube_is_out_of_sight_is_played_again(monkeypatch):
-    seen, rule = [], iter([False, False, True])
-    monkeypatch.setattr(ogbench, "_in_sight", lambda cube: seen.append(cube.shape) or next(rule))
-    monkeypatch.setattr(ogbench, "_play", lambda *job: {"qpos": np.zeros((job[-1], 25))})
-    monkeypatch.setattr(ogbench, "_env", type("Env", (), {"task": envs.TASKS["scene"]}))
-    ogbench._trajectory((envs.TASKS["scene"], 0, 0, False, 6))
-    assert seen == [(6, 3)] * 3
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_directed_play_demonstrates_the_task_and_replays_bitwise(task, tmp_path):
-    """From the first state of an episode of the task to its first success, which ends it."""
-    path = ogbench.collect(task, 2, 2, tmp_path / "x.npz", progress=False, directed=True)
-    file, data, steps = np.load(path), ogbench.load(path, task), 0
-    first = np.r_[0, np.flatnonzero(file["terminals"])[:-1] + 1]
-    episode = envs.make_env(task)                               # not the world that made them
-    for seed, row in zip(file["seeds"], first):
-        obs, ended = episode.reset(seed=int(seed))[0], False
-        while not ended:
-            assert np.array_equal(obs, file["observations"][row]) and not file["terminals"][row]
-            obs, reward, ended, truncated, _ = episode.step(file["actions"][row])
-            assert (data["reward"][steps], data["terminated"][steps]) == (reward, ended) and not truncated
-            row, steps = row + 1, steps + 1
-        assert file["terminals"][row] and np.array_equal(obs, file["observations"][row])
-    assert steps == len(data["obs"]) and file["directed"]
-    episode.close()
-
-
-def test_an_oracle_is_told_the_errand_of_now():
-    """A new errand does not move the world, yet the oracle must not be given the reading of the old one."""
-    env, told = ogbench.PlayEnv(envs.TASKS["cube-double"]), []
-
-    class Oracle:
-        done = True
-
-        def reset(self, obs, info):
-            block, place = info["privileged/target_block"], info["privileged/target_block_pos"]
-            own = env.simulator._data.mocap_pos[env.simulator._cube_target_mocap_ids[block]]
-            told.append((block == env.simulator._target_block, np.array_equal(place, own)))
-
-        def select_action(self, obs, info):
-            return np.zeros(5)
-
-    ogbench._play(env, {"cube": Oracle()}, np.random.default_rng(0), True, 12)
-    assert told == [(True, True)] * 12
-    env.close()
-
-
-def test_lights_out_is_solved():
-    assert list(ogbench.lights_out(np.zeros(9, int), envs.TASKS["puzzle-3x3"].goal.buttons)) == [0, 8]
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        lights, goal = rng.integers(0, 2, (2, 9))
-        for button in ogbench.lights_out(lights, goal):
-            for other in range(9):
-                distance = abs(button // 3 - other // 3) + abs(button % 3 - other % 3)
-                lights[other] ^= distance <= 1
-        assert np.array_equal(lights, goal)
-
-
-def test_a_cube_is_within_reach_unless_another_lies_on_it_or_the_drawer_holds_it():
-    places = np.array([[0.4, 0.0, 0.02], [0.41, 0.01, 0.06], [0.4, 0.1, 0.06], [0.3, -0.3, 0.07]])
-    qpos = np.zeros(14 + 7 * 4)
-    qpos[14:].reshape(4, 7)[:, :3] = places
-    world = SimpleNamespace(_data=SimpleNamespace(qpos=qpos))
-    assert [ogbench._within_reach(world, i, 4) for i in range(4)] == [False, True, True, True]
-    world._is_in_drawer = lambda place: place[1] < -0.2
-    assert [ogbench._within_reach(world, i, 4) for i in range(4)] == [False, True, True, False]
-
-
-def test_out_of_sight_is_ogbenchs_rule():
-    inside = np.array([[0.4, 0.1, 0.02], [0.33, -0.35, 0.066]])  # on the table, in the drawer
-    assert ogbench._in_sight(inside)
-    for y, z in ((0.29, 0.02), (-0.31, 0.02), (-0.31, 0.09)):
-        assert not ogbench._in_sight(np.array([*inside, [0.4, y, z]]))
 
 
 def _draws(code):
