@@ -104,7 +104,7 @@ class Mortal(arm.Faraway):
             self._until(lambda: self.silent)                                       # now its last words are in, too
             Mortal.killed = self.newest[0], self.report()["updates"]
         if path.stem.endswith("3"):
-            self._until(lambda: self.report()["updates"] > Mortal.killed[1])
+            self._until(lambda: self.newest[0] > Mortal.killed[0] and self.report()["updates"] > Mortal.killed[1])
 
     def _until(self, condition):
         end = time.monotonic() + 120
