@@ -26,7 +26,7 @@ import demos
 import envs
 from chunk_critic import aggregate
 from flow_policy import FlowPolicy
-from logbook import (Clock, Interrupt, Logbook, Progress, UserError, check_numbers, cli, curve, fitting,
+from logbook import (Clock, Interrupt, Logbook, Progress, UserError, check_kept, check_numbers, cli, curve, fitting,
                      load_checkpoint, plainly, read_args, refuse_nonfinite, usable_device)
 from poco import posterior_weights
 from replay import ChunkReplay
@@ -93,10 +93,7 @@ def parse(cls, argv=None):
         defaults.preset = preset
     args = tyro.cli(cls, args=argv, default=defaults, description=sys.modules[cls.__module__].__doc__)
     args.preset = defaults.preset if args.preset == "auto" else args.preset      # a run's own, on any machine
-    for name in KEPT if known.resume else ():
-        if getattr(args, name, None) != getattr(defaults, name, None):
-            raise UserError(f"{known.resume} was begun with {name} {getattr(defaults, name)}: it cannot go on with "
-                            f"{getattr(args, name)}")
+    check_kept(known.resume, args, defaults, KEPT if known.resume else ())
     return args
 
 

@@ -11,6 +11,7 @@ are projected once per `sample` and never expanded, so N x K head steps share on
 sampler and the loss of flow_policy.FlowPolicy: poco.e_step and poco.m_step_loss see no difference. The critic is
 chunk_critic.ChunkCritic on pooled features (paper: a ResNet's) and proprioception. `transformers` is imported late.
 Not here: pi0.5, SmolVLA and GR00T with their own heads (arms/adapters/), tuning the backbone, a real arm (robot.py).
+
 Shapes: B batch, V views, S image side, L tokens, W their width, P proprioception, N candidates, H chunk, A action,
 C channels of the head, K flow steps, F features of the critic.
 """
@@ -35,8 +36,8 @@ from arms.adapters.cost import cost
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from demos.views import Seeing, View, see_demonstrations
 from flow_policy import FlowPolicy
-from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, check_numbers, cli, curve, fitting,
-                     keep_rate, load_checkpoint, plainly, read_args, refuse_nonfinite, usable_device)
+from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, check_kept, check_numbers, cli, curve,
+                     fitting, keep_rate, load_checkpoint, plainly, read_args, refuse_nonfinite, usable_device)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
 
@@ -340,10 +341,7 @@ def parse(argv=None) -> Args:
     values = read_args(stored, method="vla") | {"overwrite": False} if stored else fresh
     default = Args(**{name: value for name, value in values.items() if name in Args.__dataclass_fields__})
     args = tyro.cli(Args, args=argv, description=__doc__, default=default)
-    for name in KEPT if known.resume else KEPT[:1] if known.eval else ():
-        if getattr(args, name) != getattr(default, name):
-            raise UserError(f"{stored} was begun with {name} {getattr(default, name)}: it cannot go on with "
-                            f"{getattr(args, name)}")
+    check_kept(stored, args, default, KEPT if known.resume else KEPT[:1] if known.eval else ())
     if args.preset == "paper" and args.backbone is None:
         raise UserError("--preset paper needs --backbone DIR, a SmolVLM or PaliGemma in from_pretrained's format; "
                         "--preset cpu makes a tiny random one")

@@ -12,6 +12,7 @@ import platform
 import resource
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -69,18 +70,6 @@ def finish(device):
     return time.perf_counter()
 
 
-class PhaseClock(Clock):
-    """On a GPU a phase ends when its work does; waiting for that makes an update slower, so those timed do not."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.device = device
-
-    def _charge(self):
-        finish(self.device)
-        super()._charge()
-
-
 def updates(speed, args, agent, device):
     """Median seconds of an update, of its phases, and its share of the product rate."""
     dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
@@ -97,7 +86,7 @@ def updates(speed, args, agent, device):
         start = finish(device)
         agent.update(batch, warmup=False)
         seconds.append(finish(device) - start)
-    agent.clock = PhaseClock(device)
+    agent.clock = Clock(partial(finish, device))                 # waits after each phase, which makes an update slower
     for _ in range(speed.updates):
         agent.update(batch, warmup=False)
     phases = {name: value / speed.updates for name, value in agent.clock.split().items()}

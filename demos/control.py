@@ -35,8 +35,8 @@ def direct(simulator) -> None:
     def set_control(action):
         action = simulator.unnormalize_action(action)
         mujoco.mju_mat2Quat(here, turn)
-        aim = _times(_times(_about_z(float(action[3])), _about_z(float(_yaw(here.tolist())))), up)
-        aim = _times(_about_z(float(_yaw(aim))), down)  # only the turn about the vertical stays
+        aim = _times(_times(_about_z(float(action[3])), _about_z(_yaw(here.tolist()))), up)
+        aim = _times(_about_z(_yaw(aim)), down)  # only the turn about the vertical stays
         moved = place + action[:3]
         np.clip(moved, low, high, out=moved)
         moved += _times(_times(aim, offset), _inverse(aim))[1:]  # from the pinch to the flange
@@ -164,6 +164,6 @@ def _about_z(angle: float):
     return float(np.cos(0.5 * size)), 0.0, 0.0, float(np.sin(0.5 * size) / size) * angle
 
 
-def _yaw(rotation):
+def _yaw(rotation) -> float:
     w, x, y, z = rotation
-    return np.arctan2(2 * (w * z + x * y), 1 - 2 * (y**2 + z**2))
+    return float(np.arctan2(2 * (w * z + x * y), 1 - 2 * (y**2 + z**2)))

@@ -48,10 +48,11 @@ class Clock:
     """Where the time goes: `with clock("env"): ...`, then `clock.split()`.
 
     An inner phase is not counted in the outer one, so the parts never add up to more than the whole.
-    On a GPU, work is charged to the phase that waits for it. For one thread.
+    On a GPU, work is charged to the phase that waits for it, unless `now` waits itself. For one thread.
     """
 
-    def __init__(self):
+    def __init__(self, now=None):
+        self._now = now or time.perf_counter
         self._seconds, self._running, self._since = collections.defaultdict(float), [], 0.0
 
     @contextlib.contextmanager
@@ -71,7 +72,7 @@ class Clock:
         return seconds
 
     def _charge(self):
-        now = time.perf_counter()
+        now = self._now()
         if self._running:
             self._seconds[self._running[-1]] += now - self._since
         self._since = now

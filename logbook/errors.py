@@ -1,6 +1,6 @@
 """Mistakes the user can repair: one sentence on stderr, exit code 2, no traceback.
 
-    from logbook import UserError, check_numbers, cli, plainly, usable_device
+    from logbook import UserError, check_kept, check_numbers, cli, plainly, usable_device
 
 Not here: what a particular script refuses besides.
 """
@@ -56,6 +56,14 @@ def plainly():
         yield
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UserError(str(error)) from error
+
+
+def check_kept(folder, args, begun, names):
+    """Refuse to go on with the run in `folder` with other arguments than it was begun with."""
+    for name in names:
+        if getattr(args, name, None) != getattr(begun, name, None):
+            raise UserError(f"{folder} was begun with {name} {getattr(begun, name)}: it cannot go on with "
+                            f"{getattr(args, name)}")
 
 
 def cli(main):

@@ -8,11 +8,12 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.speed import PhaseClock
+from benchmarks.speed import finish
 from logbook import Clock, Interrupt, Logbook, Progress, Report
 
 
@@ -85,7 +86,7 @@ def test_the_benchmarks_clock_charges_a_gpus_work_to_the_phase_that_asked_for_it
     now, asked = [0.0], [0.0]                        # a GPU that works while somebody waits for it
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: (now.append(now.pop() + asked.pop()), asked.append(0.0)))
-    for clock, charged in (PhaseClock(torch.device("cuda")), {"critic": 3.0, "e-step": 4.0}), (Clock(), {}):
+    for clock, charged in (Clock(partial(finish, torch.device("cuda"))), {"critic": 3.0, "e-step": 4.0}), (Clock(), {}):
         for phase, seconds in charged.items() or (("critic", 3.0), ("e-step", 4.0)):
             with clock(phase):
                 asked[0] += seconds
