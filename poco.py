@@ -122,10 +122,15 @@ def _upcast(x: Tensor) -> Tensor:
 def _checked(temperature: float, q: Tensor) -> float:
     if not temperature >= 1e-6:
         raise ValueError(f"temperature must be at least 1e-6, got {temperature}")
-    if not torch.isfinite(q).all():
+    if not _capturing(q) and not torch.isfinite(q).all():
         raise ValueError("the critic returned a non-finite Q: training has diverged (lower the learning rate, or check "
                          "rewards and observations for NaN)")
     return temperature
+
+
+def _capturing(q: Tensor) -> bool:
+    """While a CUDA graph is captured no number can be read back."""
+    return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 # ---- python poco.py: the idea on a 2-D action space ------------------------------------------------------------------

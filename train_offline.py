@@ -27,7 +27,7 @@ import envs
 from chunk_critic import aggregate
 from flow_policy import FlowPolicy
 from logbook import (Clock, Interrupt, Logbook, Progress, UserError, check_kept, check_numbers, cli, curve, fitting,
-                     load_checkpoint, plainly, read_args, refuse_nonfinite, usable_device)
+                     load_checkpoint, noise_state, plainly, read_args, refuse_nonfinite, restore_noise, usable_device)
 from poco import posterior_weights
 from replay import ChunkReplay
 
@@ -264,14 +264,14 @@ def pretrain(args, data, device, book, state=None):
             policy.load_state_dict(state["policy"])
             optimizer.load_state_dict(state["optimizer"])
             generator.set_state(state["generator"])
-            torch.set_rng_state(state["torch_rng"])
+            restore_noise(state["torch_rng"], device)
             start, total, summed = state["step"], state["loss"].to(device), state["summed"]
 
     def save(step):
         refuse_nonfinite(policy.state_dict(), "policy", f"before step {step}; {book.last_good()}. Check the "
                          "demonstrations, or lower --learning-rate")
         book.save("last.pt", {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
-                              "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
+                              "generator": generator.get_state(), "torch_rng": noise_state(device),
                               "loss": total, "summed": summed})
 
     if args.pretrain_steps == 0:

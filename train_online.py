@@ -23,7 +23,7 @@ import torch
 import envs
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, cli, curve, fitting, keep_rate,
-                     load_checkpoint, read_args, refuse_nonfinite)
+                     load_checkpoint, noise_state, read_args, refuse_nonfinite, restore_noise)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
 from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstrations, environment, load_policy,
@@ -63,6 +63,7 @@ class Args(LoopArgs):
     temperature: float = 0.001        # eta: how greedily the posterior follows Q
     guidance: float = 1.0             # beta, weight of the posterior against behaviour cloning; 0 is behaviour cloning
     clip: float = 0.15                # zeta, threshold of the surrogate (mean over a chunk's cells); inf is no clip
+    graph: bool = False               # NVIDIA GPUs: every update one captured CUDA graph instead of kernel by kernel
 
 
 # ---- POCO ------------------------------------------------------------------------------------------------------------
@@ -83,6 +84,9 @@ class POCO:
         self.actor = copy.deepcopy(policy).requires_grad_(False)          # what acts and what is delivered
         self.actor_optimizer = adam(policy.head_parameters(), args)
         self.critic_optimizer = adam(self.critic.parameters(), args)
+        if args.graph:
+            from distributed.graph import Captured
+            self.update = Captured(self)
 
     def acting(self, mode):
         """The callable that acts: "policy" draws from the policy, "posterior" from the online critic's posterior."""
@@ -226,7 +230,7 @@ class Interaction:
         return {"replay": self.replay.state_dict(), "runner": self.runner.state_dict(), "steps": self.steps,
                 "episodes": self.episodes, "recent": self.recent, "act_rng": self.act_rng.bit_generator.state,
                 "episode_rng": self.episode_rng.bit_generator.state, "batch_rng": self.batch_rng.get_state(),
-                "torch_rng": torch.get_rng_state()}
+                "torch_rng": noise_state(self.replay.device)}
 
     def load_state_dict(self, state):
         if ("waiting" in state["runner"]) != (self.args.rollouts > 0):
@@ -239,7 +243,7 @@ class Interaction:
         self.act_rng.bit_generator.state = state["act_rng"]
         self.episode_rng.bit_generator.state = state["episode_rng"]
         self.batch_rng.set_state(state["batch_rng"])
-        torch.set_rng_state(state["torch_rng"])
+        restore_noise(state["torch_rng"], self.replay.device)
 
     def close(self):
         (self.runner if self.args.rollouts else self.runner.env).close()

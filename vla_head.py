@@ -37,7 +37,8 @@ from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_tar
 from demos.views import Seeing, View, see_demonstrations
 from flow_policy import FlowPolicy
 from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, check_kept, check_numbers, cli, curve,
-                     fitting, keep_rate, load_checkpoint, plainly, read_args, refuse_nonfinite, usable_device)
+                     fitting, keep_rate, load_checkpoint, noise_state, plainly, read_args, refuse_nonfinite,
+                     restore_noise, usable_device)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
 
@@ -441,7 +442,7 @@ class Run:
     def state_dict(self) -> dict:
         numbers = {name: getattr(self, name) for name in ("cloned", "steps", "episodes", "recent")}
         return numbers | {"replay": self.replay.state_dict(), "runner": self.runner.state_dict(),
-                          "act_rng": self.act_rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
+                          "act_rng": self.act_rng.bit_generator.state, "torch_rng": noise_state(self.replay.device),
                           "episode_rng": self.episode_rng.bit_generator.state, "batch_rng": self.batch_rng.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -454,7 +455,7 @@ class Run:
         for name in ("act_rng", "episode_rng"):
             getattr(self, name).bit_generator.state = state[name]
         self.batch_rng.set_state(state["batch_rng"])
-        torch.set_rng_state(state["torch_rng"])
+        restore_noise(state["torch_rng"], self.replay.device)
 
 
 def train(args, run: Run, book, report) -> bool:

@@ -28,8 +28,8 @@ from torch import multiprocessing
 
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from flow_policy import FlowPolicy
-from logbook import (Interrupt, Progress, UserError, fitting, keep_rate, load_checkpoint, refuse_nonfinite,
-                     save_checkpoint, usable_device)
+from logbook import (Interrupt, Progress, UserError, fitting, keep_rate, load_checkpoint, noise_state,
+                     refuse_nonfinite, restore_noise, save_checkpoint, usable_device)
 from poco import e_step, m_step_loss, posterior_weights
 from replay import FIELDS, ChunkReplay
 
@@ -231,7 +231,7 @@ class Learner:
         parts = ("policy", "actor", "critic", "target", "cloning", "actor_optimizer", "critic_optimizer")
         return {name: getattr(self, name).state_dict() for name in parts} | {
             "columns": self.task.obs_keys, "cloned": self.cloned, "updates": self.updates, "absorbed": self.absorbed,
-            "seen": self.seen, "generator": self.generator.get_state(), "torch_rng": torch.get_rng_state()}
+            "seen": self.seen, "generator": self.generator.get_state(), "torch_rng": noise_state(self.device)}
 
     def load_state_dict(self, state, folder):
         """Continue from a checkpoint; the episodes it had absorbed are read again from `folder`, none else."""
@@ -243,7 +243,7 @@ class Learner:
         self.cloned, self.updates = state["cloned"], state["updates"]
         self.saved = self.updates
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_rng"])
+        restore_noise(state["torch_rng"], self.device)
 
     def save(self, path):
         state = self.state_dict()

@@ -11,7 +11,7 @@ import json
 import platform
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,7 +30,7 @@ from train_online import POCO, Args
 @dataclass
 class Speed:
     preset: Literal["paper", "cpu"] = "paper"  # whose sizes to measure
-    updates: int = 20                          # timed updates, after 3 to warm up
+    updates: int = 20                          # timed updates, after 5 to warm up
     threads: int = 0                           # CPU threads of the update; 0 leaves torch's own choice
     tasks: tuple[str, ...] = tuple(envs.TASKS)  # whose simulators to step
     out: str | None = None                     # JSON file; default benchmarks/speed-<preset>.json
@@ -70,15 +70,15 @@ def finish(device):
     return time.perf_counter()
 
 
-def updates(speed, args, agent, device):
-    """Median seconds of an update, of its phases, and its share of the product rate."""
+def timed_updates(speed, args, agent):
+    """Seconds of each update of random chunks, and the product rate measured before each."""
+    device, size, obs_dim = agent.device, args.batch_size, len(agent.policy.obs_mean)
     dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
-    size, obs_dim, action_dim = args.batch_size, len(agent.policy.obs_mean), agent.policy.action_dim
-    batch = Batch(torch.randn(size, obs_dim), torch.rand(size, args.horizon, action_dim) * 2 - 1,
+    batch = Batch(torch.randn(size, obs_dim), torch.rand(size, args.horizon, agent.policy.action_dim) * 2 - 1,
                   torch.ones(size, args.horizon), torch.rand(size), torch.full((size,), 0.95),
                   torch.randn(size, obs_dim))
     batch = Batch(*(value.to(device) for value in batch))
-    for _ in range(3):
+    for _ in range(5):                                           # of which --graph captures the fourth
         agent.update(batch, warmup=False)
     seconds, rates = [], []
     for _ in range(speed.updates):
@@ -86,16 +86,27 @@ def updates(speed, args, agent, device):
         start = finish(device)
         agent.update(batch, warmup=False)
         seconds.append(finish(device) - start)
-    agent.clock = Clock(partial(finish, device))                 # waits after each phase, which makes an update slower
-    for _ in range(speed.updates):
-        agent.update(batch, warmup=False)
-    phases = {name: value / speed.updates for name, value in agent.clock.split().items()}
-    flops = update_flops(args, obs_dim, action_dim)
-    share = np.median([sum(flops.values()) / s / r for s, r in zip(seconds, rates)])
-    return {"update_seconds": np.median(seconds), "updates_per_second": 1 / np.median(seconds), "phase_seconds": phases,
-            "phase_gflops": {name: flops[name] / value / 1e9 for name, value in phases.items()},
-            "gflop_per_update": sum(flops.values()) / 1e9, "matmul_gflops": np.median(rates) / 1e9,
-            "share_of_matmul_rate": share}
+    return np.array(seconds), np.array(rates)
+
+
+def updates(speed, args, policy):
+    """Median seconds of an update, of its phases, and its share of the product rate; on CUDA also as one graph."""
+    agent = POCO(args, policy, Clock())
+    seconds, rates = timed_updates(speed, args, agent)
+    agent.clock = Clock(partial(finish, agent.device))           # waits after each phase, which makes an update slower
+    timed_updates(speed, args, agent)
+    phases = {name: value / (speed.updates + 5) for name, value in agent.clock.split().items()}
+    flops = update_flops(args, len(policy.obs_mean), policy.action_dim)
+    report = {"update_seconds": np.median(seconds), "updates_per_second": 1 / np.median(seconds),
+              "phase_seconds": phases,
+              "phase_gflops": {name: flops[name] / value / 1e9 for name, value in phases.items()},
+              "gflop_per_update": sum(flops.values()) / 1e9, "matmul_gflops": np.median(rates) / 1e9,
+              "share_of_matmul_rate": np.median(sum(flops.values()) / seconds / rates)}
+    if agent.device.type == "cuda":
+        seconds, rates = timed_updates(speed, args, POCO(replace(args, graph=True), policy, Clock()))
+        report |= {"graph_update_seconds": np.median(seconds),
+                   "graph_share_of_matmul_rate": np.median(sum(flops.values()) / seconds / rates)}
+    return report
 
 
 def acting_seconds(agent, args, repeats=100):
@@ -160,13 +171,13 @@ def main():
     if unknown := set(speed.tasks) - set(envs.TASKS):
         raise UserError(f"unknown tasks {', '.join(sorted(unknown))}; tasks: {', '.join(envs.TASKS)}")
     device = setup(args)
-    agent = POCO(args, make_policy(args, device), Clock())
+    policy = make_policy(args, device)
     report = {"preset": speed.preset, "device": device.type, "machine": platform.processor() or platform.machine(),
               "threads": torch.get_num_threads(), "torch": torch.__version__, "precision": args.precision}
-    report |= updates(speed, args, agent, device)
+    report |= updates(speed, args, policy)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     torch.set_num_threads(1)
-    report["acting_seconds"] = acting_seconds(agent, args)
+    report["acting_seconds"] = acting_seconds(POCO(args, policy, Clock()), args)
     report["peak_memory_gb"] = (peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9     # of Linux
     report["env_steps_per_second"] = {task: environment_rates(task) for task in speed.tasks}
     print(f"{report['gflop_per_update']:.0f} GFLOP per update, {1e3 * report['update_seconds']:.1f} ms: "
@@ -175,6 +186,9 @@ def main():
         print(f"  {name:8s} {1e3 * value:8.1f} ms   {report['phase_gflops'][name]:7.0f} GFLOP/s")
     print(f"{args.precision} matrix product {report['matmul_gflops']:.0f} GFLOP/s; the whole update: "
           f"{100 * report['share_of_matmul_rate']:.0f} % of it")
+    if "graph_update_seconds" in report:
+        print(f"as one CUDA graph: {1e3 * report['graph_update_seconds']:.2f} ms, "
+              f"{100 * report['graph_share_of_matmul_rate']:.0f} %")
     print("one chunk: " + ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in report["acting_seconds"].items()))
     for task, rates in report["env_steps_per_second"].items():
         print(f"{task}: " + ", ".join(f"{rate:.0f} env steps/s {way}" for way, rate in rates.items()))

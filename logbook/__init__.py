@@ -15,7 +15,7 @@
 
 Log and evaluate first, then save: what a kill interrupts in between is rewound and done again, never doubled.
 `python -m logbook runs/lift-poco-s0` redraws its curve.png.
-Imports no project file. Not here: seeds and generators (each script owns its own), and what is worth logging.
+Imports no project file. Not here: seeding and generators (each script owns its own), and what is worth logging.
 """
 import contextlib
 import csv
@@ -136,12 +136,26 @@ def fitting(path, advice="leave out the flags that change its networks or its re
 
 
 def keep_rate(optimizer):
-    """What is loaded into this optimiser leaves its learning rate alone: --resume may come with another. Returns it."""
+    """What is loaded into this optimiser leaves its learning rate and what its device needs alone. Returns it."""
     def restored(optimizer, state):
-        groups = zip(state["param_groups"], optimizer.param_groups)
-        return state | {"param_groups": [saved | {"lr": group["lr"]} for saved, group in groups]}
+        own = [{name: group[name] for name in ("lr", "fused", "capturable")} for group in optimizer.param_groups]
+        return state | {"param_groups": [saved | kept for saved, kept in zip(state["param_groups"], own)]}
     optimizer.register_load_state_dict_pre_hook(restored)
     return optimizer
+
+
+def noise_state(device):
+    """Where torch's global random numbers are, on the processor and on the device that draws them, for a checkpoint."""
+    gpu = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
+    return [torch.get_rng_state(), *gpu]
+
+
+def restore_noise(state, device):
+    """Go on there; numbers that another kind of device drew cannot be continued and start anew."""
+    processor, *gpu = [state] if torch.is_tensor(state) else state                # a tensor: older checkpoints
+    torch.set_rng_state(processor)
+    if gpu and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(gpu[0])
 
 
 def _versions():

@@ -53,7 +53,7 @@ MUTANTS = [
      "return candidates.detach(), weights, stats", "return candidates, weights, stats"),
     ("eta = 0 accepted", "poco.py", "if not temperature >= 1e-6", "if not temperature >= 0"),
     ("eta = nan accepted", "poco.py", "if not temperature >= 1e-6", "if temperature < 1e-6"),
-    ("infinite Q accepted", "poco.py", "if not torch.isfinite(q).all()", "if torch.isnan(q).any()"),
+    ("infinite Q accepted", "poco.py", "not torch.isfinite(q).all()", "torch.isnan(q).any()"),
     ("sign of the KL statistic", "poco.py", "math.log(num_candidates) - entropy", "entropy - math.log(num_candidates)"),
     ("ESS not divided by N", "poco.py", ".mean() / num_candidates,", ".mean(),"),
     # the M-step
