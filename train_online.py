@@ -23,7 +23,7 @@ import torch
 import envs
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, cli, curve, fitting, keep_rate,
-                     load_checkpoint, noise_state, read_args, refuse_nonfinite, restore_noise)
+                     load_checkpoint, noise_state, read_args, refuse_nonfinite, restore_noise, usable_device)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
 from train_offline import (EVAL_SEED, Acting, Args as OfflineArgs, demonstrations, environment, load_policy,
@@ -76,6 +76,11 @@ class POCO:
              "critic", "q_data", "target")
     modes = ("policy", "posterior")       # ways of acting to evaluate, that of the delivered policy first
     draw = staticmethod(ChunkReplay.sample)       # batches
+
+    @staticmethod
+    def check(args):
+        if args.graph and not args.eval and (device := usable_device(args.device).type) != "cuda":
+            raise UserError(f"--graph is for NVIDIA GPUs, and this would run on {device}: --no-graph")
 
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock = args, policy, clock

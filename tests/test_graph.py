@@ -17,11 +17,10 @@ import poco
 import train_online
 from baselines import qc
 from distributed import graph
-from logbook import Clock, UserError
+from logbook import UserError
 from replay import Batch
-from train_offline import make_policy
 
-from test_baselines import settings, toy_task  # noqa: F401
+from test_baselines import settings, toy_task  # noqa: F401, a task without a simulator
 from test_update import cut_batch, make
 
 READS = ("_local_scalar_dense", "nonzero", "equal", "lift_fresh", "unique")      # a GPU would be waited for
@@ -76,14 +75,6 @@ def cpu_graph(monkeypatch):
     return ran
 
 
-def captured(agent):
-    device, agent.device = agent.device, torch.device("cuda")
-    try:
-        return graph.Captured(agent)
-    finally:
-        agent.device = device
-
-
 def state(agent):
     """Every tensor that an update may change, by name."""
     leaves = pytree.tree_leaves_with_path(agent.state_dict())
@@ -97,7 +88,7 @@ def test_a_captured_update_gives_the_same_numbers_as_eager(cpu_graph, changes, p
     """Warm-up, three eager updates, then the graph, a batch for each: state and statistics, to the bit."""
     eager, other = (make("poco", precision=precision, online_learning_rate=0.01, **changes) for _ in range(2))
     batches = [cut_batch() for _ in range(9)]
-    update, old, new = captured(other), [], []
+    update, old, new = graph.Captured(other), [], []
     for agent, call, seen in ((eager, eager.update, old), (other, update, new)):
         torch.manual_seed(3)
         for number, batch in enumerate(batches):
@@ -117,10 +108,10 @@ def test_reading_a_number_cannot_be_captured(cpu_graph, monkeypatch):
     """The recorder refuses what CUDA refuses: here e_step's question whether Q is finite, asked during the capture."""
     monkeypatch.setattr(poco, "_capturing", lambda q: False)
     agent = make("poco")
-    update = captured(agent)
+    update = graph.Captured(agent)
     for _ in range(3):
         update(cut_batch(), False)
-    with pytest.raises(UserError, match="not permitted when stream is capturing.*leave --graph out"):
+    with pytest.raises(UserError, match="not permitted when stream is capturing.*--no-graph goes on"):
         update(cut_batch(), False)
 
 
@@ -130,11 +121,12 @@ def test_q_is_only_taken_on_trust_while_a_graph_is_captured():
         poco.posterior_weights(torch.tensor([[0.0, float("nan")]]), 1.0)
 
 
-def test_a_run_without_an_nvidia_gpu_refuses_the_flag(toy_task):                                          # noqa: F811
-    args = settings(train_online, task="toy", graph=True)
-    with pytest.raises(UserError, match="--graph is for NVIDIA GPUs, and this runs on cpu"):
-        train_online.POCO(args, make_policy(args, torch.device("cpu")), Clock())
-    assert not hasattr(settings(qc), "graph")
+def test_a_run_without_an_nvidia_gpu_refuses_the_flag_before_anything_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--graph is for NVIDIA GPUs, and this would run on cpu: --no-graph"):
+        train_online.main(["--task", "lift", "--graph", "--device", "cpu"])
+    assert not list(tmp_path.iterdir())
+    assert isinstance(make("poco", graph=True).update, graph.Captured) and not hasattr(settings(qc), "graph")
 
 
 class Chip:
