@@ -57,6 +57,7 @@ SHARED = ("preset", "setting", "data", "demo_episodes", "hidden", "layers", "flo
 POCO = ("act", "num_candidates", "temperature", "guidance", "clip", "heads", "tau", "policy_tau",
         "pessimism")                          # in an ablation
 FREE = ("threads", "workers", "device", "precision", "video", "overwrite")        # change no result, or hardly
+OF_A_RUN = (*FREE, "seed", "run_dir", "resume", "eval", "checkpoint", "log_every", "save_every", "graph", "ray")
 COLUMNS = ("method", "acting", "seed", "step", "successes", "episodes", "seconds")
 
 
@@ -159,6 +160,12 @@ def refuse_unlike(folders, methods, names=SHARED):
         if len(found) > 1:
             raise UserError(f"the runs differ in {name}: " + ", ".join(f"{value} in {folder}" for value, folder in
                             found.items()) + "; move the old ones away")
+
+
+def refuse_unlike_seeds(folders):
+    """Seeds are averaged as one method: the names of the folders do not tell the flags that all runs were given."""
+    known = set.intersection(*(set(read_args(folder)) for folder in folders))          # older runs lack the newest
+    refuse_unlike(folders, [], known - set(OF_A_RUN))
 
 
 def _setting(folder, name):
@@ -268,6 +275,8 @@ def main(argv=None):
             print("interrupted; the same command continues")
             return
     refuse_unlike([folder_of(args.task, *job) for job in jobs], args.methods, SHARED + POCO * bool(args.ablation))
+    for method in args.methods:
+        refuse_unlike_seeds([folder_of(args.task, *job) for job in jobs if job[0] == method])
     rows = [row for job in jobs for row in rows_of(args.task, *job)]
     out = args.out
     Path(out).parent.mkdir(parents=True, exist_ok=True)

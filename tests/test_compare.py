@@ -157,6 +157,17 @@ def test_runs_of_different_settings_are_not_compared_unless_that_is_what_is_comp
     assert read_run(folders[0])[1]["policy"][0.0] == (1, 4)
 
 
+def test_seeds_of_one_method_that_were_made_with_different_flags_are_not_averaged():
+    """--num-candidates 4 for the first seed, then two seeds without it; where a run ran, when it saved may differ."""
+    fake_run("poco", 0, num_candidates=4, device="cpu", save_every=100, checkpoint=None)
+    fake_run("poco", 1, num_candidates=4, device="cuda", save_every=500, checkpoint="runs/lift-bc-s1", graph=False)
+    compare.main(["--methods", "poco", "--seeds", "2"])
+    fake_run("poco", 1, num_candidates=16, device="cpu", save_every=100, checkpoint=None)
+    for flags in ([], ["--finished"]):
+        with pytest.raises(UserError, match="differ in num_candidates: 4 in .*-s0, 16 in runs/lift-poco-s1"):
+            compare.main(["--methods", "poco", "--seeds", "2", *flags])
+
+
 @pytest.mark.parametrize("name", compare.ABLATIONS)
 def test_an_ablation_holds_the_presets_own_value_once_as_plain_poco(name):
     """Whatever task and preset: values in order, each once, and the flag is one that POCO takes."""
