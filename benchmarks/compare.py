@@ -79,12 +79,13 @@ def parse(argv=None):
         raise UserError(f"--seeds must be at least 1, got {args.seeds}")
     for name in {"seed", "run_dir", "resume", "eval"}.intersection(names_of(flags)):
         raise UserError(f"each run has its own --{name.replace('_', '-')}: leave it out (seeds: --seeds, --first-seed)")
-    args.title = args.task
+    args.title, args.own = args.task, {}
     if args.ablation:
         if args.methods:
             raise UserError("--ablation chooses the methods itself: leave --methods out")
         methods, own = ablation(args.ablation, args.task, flags)
         args.methods, args.title = ",".join(methods), f"{args.task}, {args.ablation} (poco: {own:g})"
+        args.own = {ABLATIONS[args.ablation][0]: own}
     args.out = args.out or f"runs/{args.ablation or 'compare'}-{args.task}"
     args.methods = [" ".join(method.split()) for method in (args.methods or "poco,qc").split(",")]
     unknown = {method.split()[0] if method else "" for method in args.methods} - set(METHODS)
@@ -150,6 +151,15 @@ def refuse_other_flags(folder, module, task, flags):
         if not same:
             raise UserError(f"{folder} was made with {name} {stored[name]}, not {asked[name]}: move it away, or leave "
                             f"--{name.replace('_', '-')} out")
+
+
+def refuse_other_value(folder, own):
+    """Plain poco stands for the preset's own value in an ablation: a run with another is not that point."""
+    if not finished(folder) and not (folder / "last.pt").exists():
+        return
+    for name, value in own.items():
+        if (stored := read_args(folder).get(name, value)) != value:
+            raise UserError(f"{folder} was made with {name} {stored}, not with the preset's {value}: move it away")
 
 
 def refuse_unlike(folders, methods, names=SHARED):
@@ -271,6 +281,8 @@ def main(argv=None):
         if not jobs:
             raise UserError("none of these runs is finished; without --finished they are made")
     for method, seed in jobs:
+        if method == "poco":
+            refuse_other_value(folder_of(args.task, method, seed), args.own)
         if not run(args.task, method, seed, flags):
             print("interrupted; the same command continues")
             return

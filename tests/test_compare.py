@@ -232,6 +232,20 @@ def test_an_ablation_refuses_methods_its_own_flag_and_runs_that_differ_in_anothe
         compare.main(["--ablation", "clip", "--seeds", "1", "--preset", "cpu"])
 
 
+def test_in_an_ablation_plain_poco_is_a_run_with_the_presets_own_value(monkeypatch):
+    """The figure says so, and only that run has no flag of its own: --methods poco --clip 5 may have made it."""
+    monkeypatch.setattr(train_online, "main", lambda argv: pytest.fail("a run was started"))
+    for own in ("0", "0.15", "0.3", "inf"):
+        fake_run(f"poco --clip {own}", 0, clip=float(own))
+    fake_run("poco", 0, clip=5.0)
+    for flags in ([], ["--finished"]):
+        with pytest.raises(UserError, match="lift-poco-s0 was made with clip 5.0, not with the preset's 0.6"):
+            compare.main(["--ablation", "clip", "--seeds", "1", "--preset", "cpu", *flags])
+    compare.main(["--methods", "poco", "--seeds", "1"])
+    fake_run("poco", 0, clip=0.6)
+    compare.main(["--ablation", "clip", "--seeds", "1", "--preset", "cpu"])
+
+
 @pytest.mark.parametrize("name", compare.METHODS)
 def test_every_method_names_a_script_that_takes_its_flags_and_delivers_its_way_of_acting(name):
     module, flags, acting = compare.METHODS[name]
