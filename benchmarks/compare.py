@@ -54,6 +54,7 @@ SHARED = ("preset", "setting", "data", "demo_episodes", "hidden", "layers", "flo
           "pretrain_steps", "episode_limit", "reward_offset", "discount", "pessimism", "tau", "capacity",
           "warmup_steps", "online_steps", "updates_per_step", "online_learning_rate", "eval_every", "eval_episodes",
           "final_episodes")
+MOSTLY = ("horizon", "normalize", "heads", "policy_tau", "demo_share")            # but for methods with their own
 POCO = ("act", "num_candidates", "temperature", "guidance", "clip", "heads", "tau", "policy_tau",
         "pessimism")                          # in an ablation
 FREE = ("threads", "workers", "device", "precision", "video", "overwrite")        # change no result, or hardly
@@ -172,10 +173,28 @@ def refuse_unlike(folders, methods, names=SHARED):
                             found.items()) + "; move the old ones away")
 
 
+def known(folders):
+    """The arguments that all these runs have stored: older ones lack the newest."""
+    return set.intersection(*(set(read_args(folder)) for folder in folders))
+
+
 def refuse_unlike_seeds(folders):
     """Seeds are averaged as one method: the names of the folders do not tell the flags that all runs were given."""
-    known = set.intersection(*(set(read_args(folder)) for folder in folders))          # older runs lack the newest
-    refuse_unlike(folders, [], known - set(OF_A_RUN))
+    refuse_unlike(folders, [], known(folders) - set(OF_A_RUN))
+
+
+def refuse_unlike_most(task, jobs, methods):
+    """What only some methods set to a value of their own is the same in all others."""
+    for name in MOSTLY:
+        folders = [folder_of(task, *job) for job in jobs if not has_its_own(job[0], name)]
+        refuse_unlike(folders, methods, known(folders) & {name} if folders else ())
+
+
+def has_its_own(method, name):
+    """Whether a method declares an argument of the loop anew; the published FQL and RLPD choose single actions."""
+    variant = method.split()[0]
+    own = vars(importlib.import_module(METHODS[variant][0]).Args)["__annotations__"]
+    return name in own or name == "horizon" and variant in ("fql", "rlpd")
 
 
 def _setting(folder, name):
@@ -287,6 +306,7 @@ def main(argv=None):
             print("interrupted; the same command continues")
             return
     refuse_unlike([folder_of(args.task, *job) for job in jobs], args.methods, SHARED + POCO * bool(args.ablation))
+    refuse_unlike_most(args.task, jobs, args.methods)
     for method in args.methods:
         refuse_unlike_seeds([folder_of(args.task, *job) for job in jobs if job[0] == method])
     rows = [row for job in jobs for row in rows_of(args.task, *job)]

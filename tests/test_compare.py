@@ -168,6 +168,24 @@ def test_seeds_of_one_method_that_were_made_with_different_flags_are_not_average
             compare.main(["--methods", "poco", "--seeds", "2", *flags])
 
 
+@pytest.mark.parametrize("flag, name, value", [("--horizon 3", "horizon", 3), ("--no-normalize", "normalize", False), (
+    "--heads 5", "heads", 5), ("--policy-tau 1", "policy_tau", 1.0), ("--demo-share 0.5", "demo_share", 0.5)])
+def test_a_method_added_without_the_flags_of_the_first_is_not_compared_with_it(flag, name, value):
+    """--methods poco --horizon 3, then poco,qc without it; fql, rlpd-ac and ogpo-ca have values of their own."""
+    settings = {"horizon": 5, "normalize": True, "heads": 2, "policy_tau": 0.005, "demo_share": None}
+    fake_run("qc", 0, "best", **settings)
+    fake_run("fql", 0, **settings | {"horizon": 1})
+    fake_run("rlpd-ac", 0, **settings | {"heads": 10, "demo_share": 0.5})
+    fake_run("ogpo-ca", 0, **settings | {"heads": 10, "policy_tau": 0.01})
+    fake_run("poco", 0, **settings)
+    fake_run(f"poco {flag}", 0, **settings | {name: value})
+    compare.main(["--methods", "poco,qc,fql,rlpd-ac,ogpo-ca", "--seeds", "1"])
+    compare.main(["--methods", f"poco {flag},qc", "--seeds", "1"])                           # that is what is compared
+    fake_run("poco", 0, **settings | {name: value})
+    with pytest.raises(UserError, match=f"differ in {name}"):
+        compare.main(["--methods", "poco,qc,fql,rlpd-ac,ogpo-ca", "--seeds", "1"])
+
+
 @pytest.mark.parametrize("name", compare.ABLATIONS)
 def test_an_ablation_holds_the_presets_own_value_once_as_plain_poco(name):
     """Whatever task and preset: values in order, each once, and the flag is one that POCO takes."""
