@@ -78,8 +78,6 @@ def parse(argv=None):
     args, flags = parser.parse_known_args(argv)
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {args.seeds}")
-    for name in {"seed", "run_dir", "resume", "eval"}.intersection(names_of(flags)):
-        raise UserError(f"each run has its own --{name.replace('_', '-')}: leave it out (seeds: --seeds, --first-seed)")
     args.title, args.own = args.task, {}
     if args.ablation:
         if args.methods:
@@ -89,6 +87,9 @@ def parse(argv=None):
         args.own = {ABLATIONS[args.ablation][0]: own}
     args.out = args.out or f"runs/{args.ablation or 'compare'}-{args.task}"
     args.methods = [" ".join(method.split()) for method in (args.methods or "poco,qc").split(",")]
+    given = [*flags, *" ".join(args.methods).split()]
+    for name in {"task", "seed", "run_dir", "resume", "eval"}.intersection(names_of(given)):
+        raise UserError(f"each run has its own --{name.replace('_', '-')}: leave it out (seeds: --seeds, --first-seed)")
     unknown = {method.split()[0] if method else "" for method in args.methods} - set(METHODS)
     if unknown:
         raise UserError(f"unknown method {', '.join(sorted(unknown))!r}; methods: {', '.join(METHODS)}")

@@ -137,6 +137,14 @@ def test_what_differs_from_run_to_run_is_not_set_for_all(flags):
         compare.main(["--methods", "poco", *flags])
 
 
+@pytest.mark.parametrize("own", ["--seed 7", "--seed=7", "--run-dir runs/x", "--task can"])
+def test_nor_does_a_method_set_it_for_all_its_seeds(own, monkeypatch):
+    """Three runs of seed 7 would pass for seeds 0 to 2, with an interval of no width."""
+    monkeypatch.setattr(train_online, "main", lambda argv: pytest.fail("a run was started"))
+    with pytest.raises(UserError, match="each run has its own --(seed|run-dir|task): leave it out"):
+        compare.main(["--methods", f"poco {own}"])
+
+
 def test_runs_of_different_settings_are_not_compared_unless_that_is_what_is_compared():
     fake_run("poco", 0)
     fake_run("qc", 0, "best", preset="paper")
