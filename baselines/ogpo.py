@@ -138,6 +138,8 @@ class OGPO:
     def check(args):
         if args.chi2 > 0 and args.heads < 2:
             raise UserError("--chi2 goes by how far the critics disagree: it needs --heads of at least 2")
+        if args.group < 2:                # a chain alone is its own group's mean: every advantage would be 0
+            raise UserError("--group is compared with its own mean: it needs at least 2 chains")
 
     def __init__(self, args, policy, clock):
         self.args, self.policy, self.clock, self.device = args, policy, clock, policy.obs_mean.device

@@ -14,7 +14,7 @@ from torch import distributions as D
 import envs
 from baselines import ogpo
 from flow_policy import FlowPolicy
-from logbook import Clock, load_checkpoint, read_args
+from logbook import Clock, UserError, load_checkpoint, read_args
 from logbook.figure import read_run
 from replay import ChunkReplay
 from train_offline import Acting
@@ -142,6 +142,16 @@ def test_conservative_advantages_are_the_nearest_to_zero_of_heads_that_agree_and
             found.add((len(sign), own[0] > 0))
             assert abs(a[b, g].item() - expected) < 1e-6
     assert len(found) == 4                                    # agreement both ways, and disagreement, occurred
+
+
+def test_a_group_of_one_chain_moves_nothing_and_is_refused(tmp_path):
+    """Its advantages are 0 in every update: hours in which plain OGPO's policy would stay what it was."""
+    agent = make("ogpo", group=1)
+    before = parameters(agent.policy)
+    agent.update(pair(), False)
+    assert torch.equal(parameters(agent.policy), before)
+    with pytest.raises(UserError, match="--group .* at least 2 chains"):
+        ogpo.main(["--preset", "cpu", "--group", "1", "--data", str(tmp_path / "none.hdf5")])
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
