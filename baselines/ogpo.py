@@ -196,7 +196,7 @@ class OGPO:
             old = log_density(self.actor, context, chains, args.noise)               # float32 like `new`: no rounding
             if args.chi2 > 0:
                 r = (new - log_density(self.slow, context, chains, args.noise)).exp()         # (P, G)
-                p, penalty = torch.sigmoid(5 * (r - 1)), args.chi2 * q.std(0).mean() * r
+                p, penalty = torch.sigmoid(5 * (r - 1)), args.chi2 * q.std(0, correction=0).mean() * r
                 q = (1 - p) * q + p * q.amin(0) - penalty                            # OGPO, chi2 regularisation
             advantage = advantages(q, args.variant == "ogpo-ca")
         ratio = (new - old).exp()
