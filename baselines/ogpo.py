@@ -13,8 +13,9 @@ wider. Other than there: rewards are POCO's, whose values are 100 times smaller 
 --bc-weight is too; demonstrations are in the replay (it starts empty); the critic warms up with a frozen policy;
 --prompts states of a batch with --group chains (all 256 with 32); only the finished chunk is clipped to [-1, 1] (also
 every step's mean), where the critic sees it; tau and the critic's rate are those of the other methods here; chunks
-are cut at an episode's end and kept; --pessimism is not used. Not here: learnt noise, a second TD step on successes,
-chi2's ceiling and part in the target, cosine rates, weight decay.
+are cut at an episode's end and kept; with --chi2 ogpo-ca still asks every head (theirs: the heads' mean); --pessimism
+is not used. Not here: learnt noise, a second TD step on successes, chi2's ceiling and part in the target, cosine rates,
+weight decay.
 Shapes: B batch, P prompts, G chains of each, K flow steps, H chunk, A action, D observation, M critic heads.
 """
 import bisect
