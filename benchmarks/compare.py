@@ -200,7 +200,9 @@ def has_its_own(method, name):
 
 def _setting(folder, name):
     args = read_args(folder)
-    return str(args.get(name)).replace(f"-s{args.get('seed')}.", ".")       # data made here: one file per seed
+    if isinstance(value := args.get(name), float) and value.is_integer():
+        value = int(value)                                                  # presets once held 1 where flags hold 1.0
+    return str(value).replace(f"-s{args.get('seed')}.", ".")       # data made here: one file per seed
 
 
 # ---- what they reached -----------------------------------------------------------------------------------------------

@@ -165,6 +165,16 @@ def test_runs_of_different_settings_are_not_compared_unless_that_is_what_is_comp
     assert read_run(folders[0])[1]["policy"][0.0] == (1, 4)
 
 
+def test_one_and_one_point_nought_are_the_same_setting():
+    """As in the runs of this repository: benchmarks/can/poco-s0 and poco-s1."""
+    fake_run("poco", 0, updates_per_step=1)
+    fake_run("poco", 1, updates_per_step=1.0)
+    compare.main(["--methods", "poco", "--seeds", "2"])
+    fake_run("poco", 1, updates_per_step=1.5)
+    with pytest.raises(UserError, match="differ in updates_per_step: 1 in .*, 1.5 in"):
+        compare.main(["--methods", "poco", "--seeds", "2"])
+
+
 def test_seeds_of_one_method_that_were_made_with_different_flags_are_not_averaged():
     """--num-candidates 4 for the first seed, then two seeds without it; where a run ran, when it saved may differ."""
     fake_run("poco", 0, num_candidates=4, device="cpu", save_every=100, checkpoint=None)
