@@ -90,7 +90,7 @@ def timed_updates(speed, args, agent):
 
 
 def updates(speed, args, policy):
-    """Median seconds of an update, of its phases, and its share of the product rate; on CUDA also as one graph."""
+    """Median seconds of an update, mean ones of its phases, share of the product rate; on CUDA also as one graph."""
     agent = POCO(args, policy, Clock())
     seconds, rates = timed_updates(speed, args, agent)
     agent.clock = Clock(partial(finish, agent.device))           # waits after each phase, which makes an update slower
