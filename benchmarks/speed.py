@@ -80,6 +80,7 @@ def timed_updates(speed, args, agent):
     batch = Batch(*(value.to(device) for value in batch))
     for _ in range(5):                                           # of which --graph captures the fourth
         agent.update(batch, warmup=False)
+    agent.clock.split()
     seconds, rates = [], []
     for _ in range(speed.updates):
         rates.append(matmul_rate(args, device, dtype))
@@ -95,7 +96,7 @@ def updates(speed, args, policy):
     seconds, rates = timed_updates(speed, args, agent)
     agent.clock = Clock(partial(finish, agent.device))           # waits after each phase, which makes an update slower
     timed_updates(speed, args, agent)
-    phases = {name: value / (speed.updates + 5) for name, value in agent.clock.split().items()}
+    phases = {name: value / speed.updates for name, value in agent.clock.split().items()}
     flops = update_flops(args, len(policy.obs_mean), policy.action_dim)
     report = {"update_seconds": np.median(seconds), "updates_per_second": 1 / np.median(seconds),
               "phase_seconds": phases,
