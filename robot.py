@@ -301,10 +301,11 @@ class Rig:
             self.fed = time.monotonic()
             try:
                 sent, self.failed = self.robot.send_action(action) or action, False
+                return self.guard.sent([sent.get(name, action[name]) for name in JOINTS],
+                                       sent.get("gripper.pos", gripper))       # a useless answer: nobody knows what ran
             except Exception as error:
                 self.senses.fault, self.failed, self.lost = f"a command did not reach the arm ({error})", True, True
                 return None
-            return self.guard.sent([sent.get(name, action[name]) for name in JOINTS], sent.get("gripper.pos", gripper))
 
     def _complain(self, view):
         """Say once what is wrong; give up after five seconds. A lost keypad and a carried-off arm end the session."""

@@ -115,7 +115,12 @@ class Guard:
         return self.joints.copy(), self.gripper
 
     def sent(self, joints, gripper):
-        """What the driver really sent becomes the last target. Returns it in action units (7,): the replay's action."""
+        """
+        What the driver really sent becomes the last target. Returns it in action units (7,): the replay's action.
+        ValueError, and the old target, where that is no place: it would be sent again.
+        """
+        if not _finite([*joints, gripper], 7):
+            raise ValueError(f"the driver says it sent {[*joints, gripper]}")
         (place, turned), (new_place, new_turned) = self.kinematics.fk(self.joints), self.kinematics.fk(joints)
         shift = (new_place - place) * SLACK / self.max_step
         turn = rotation_vector(new_turned @ turned.T) * SLACK / self.max_turn

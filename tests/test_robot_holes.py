@@ -228,6 +228,28 @@ def test_a_command_that_fails_in_any_way_is_held_and_the_watchdog_outlives_it(ca
     assert "watchdog" in watching and after > before
 
 
+@pytest.mark.parametrize("wrong", [{"gripper.pos": float("nan")}, {"gripper.pos": None},
+                                   {"joint_2.pos": float("nan")}, {"joint_2.pos": "open"}])
+def test_one_useless_answer_of_a_driver_is_a_lost_command_and_never_the_next_target(capfd, wrong):
+    rig, arm = plain(Person(space))
+    send, calls, acted = arm.send_action, [], []
+
+    def answer(action):
+        calls.append(action)
+        return (send(action) or action) | (wrong if len(acted) == 3 else {})
+
+    def act(obs):
+        acted.append(obs)
+        return ahead(obs)[:1]
+    arm.send_action = answer
+    with rig:
+        take = rig.episode(act, 0)
+    assert np.isfinite([list(call.values()) for call in calls]).all() and not rig.stopped
+    assert take.dropped == 1 and take.steps == 10
+    streams = capfd.readouterr()
+    assert "HOLDING: a command did not reach the arm" in streams.err and "did not go to rest" not in streams.err
+
+
 @pytest.mark.parametrize("error", [OSError("silent"), type("CanError", (Exception,), {})("silent")])
 def test_whatever_the_operators_arm_raises_ends_the_session_in_order(error):
     teleop = type("Leader", (), {"get_action": lambda self: fail(error)})()
