@@ -331,7 +331,7 @@ def stage_one(args, device, data=None):
             book.rewind(state["step"])
         if state["step"] > args.pretrain_steps:
             raise UserError(f"{folder} has {state['step']} steps already: --pretrain-steps must be at least that")
-        if state["step"] < args.pretrain_steps:
+        if state["step"] < args.pretrain_steps or not within_stage_two:          # a finished one is evaluated anew
             book.amend(stored)
         print(f"{folder}: stage I at step {state['step']} of {args.pretrain_steps}", flush=True)
     else:

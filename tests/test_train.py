@@ -170,6 +170,16 @@ def test_a_resumed_run_goes_on_with_the_arguments_it_was_last_given(demo_file, s
     assert text["earlier"][0]["versions"] == text["versions"]
 
 
+def test_a_finished_stage_one_evaluated_anew_says_with_what(stage_one, tmp_path):
+    """Its eval.csv is then of another evaluation, and --eval must give the same one."""
+    shutil.copytree(stage_one, tmp_path / "run")
+    train_offline.main(["--resume", str(tmp_path / "run"), "--episode-limit", "7", "--eval-episodes", "2"])
+    assert [row["length"] for row in rows(tmp_path / "run" / "eval.csv")] == ["7", "7"]
+    stored = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert (stored["args"]["episode_limit"], stored["args"]["eval_episodes"]) == (7, 2)
+    assert stored["earlier"][-1]["args"] == {"episode_limit": 25, "eval_episodes": 1}
+
+
 def test_a_policy_that_turns_non_finite_before_an_evaluation_is_told(demo_file, stage_one, tmp_path, monkeypatch):
     update = train_online.POCO.update
 
