@@ -253,7 +253,8 @@ EVAL_SEED = 1_000_000     # evaluation episodes are the same for every run and m
 def pretrain(args, data, device, book, state=None):
     """Minimise Eq. 24 on the demonstrations. Returns the policy, or None if the user interrupted."""
     torch.manual_seed(args.seed)
-    replay = ChunkReplay(len(data["obs"]), data["obs"].shape[1], data["action"].shape[1], args.horizon, 1.0, device)
+    capacity, sizes = max(len(data["obs"]), args.horizon), (data["obs"].shape[1], data["action"].shape[1])
+    replay = ChunkReplay(capacity, *sizes, args.horizon, 1.0, device)
     replay.extend(data)
     policy = make_policy(args, device, data)
     optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.learning_rate, fused=device.type != "mps")

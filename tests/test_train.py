@@ -180,6 +180,13 @@ def test_a_finished_stage_one_evaluated_anew_says_with_what(stage_one, tmp_path)
     assert stored["earlier"][-1]["args"] == {"episode_limit": 25, "eval_episodes": 1}
 
 
+def test_stage_one_takes_demonstrations_shorter_than_a_chunk(demo_file, tmp_path):
+    steps = len(demos.load(demo_file, "lift", 1)["obs"])
+    train_offline.main([*TOY, "--data", str(demo_file), "--demo-episodes", "1", "--horizon", str(steps + 1),
+                        "--pretrain-steps", "2", "--run-dir", str(tmp_path / "run")])
+    assert load_checkpoint(tmp_path / "run")["step"] == 2
+
+
 def test_a_policy_that_turns_non_finite_before_an_evaluation_is_told(demo_file, stage_one, tmp_path, monkeypatch):
     update = train_online.POCO.update
 
