@@ -125,6 +125,8 @@ def validate(args):
     check_numbers(args, LEAST, FREE)
     if getattr(args, "min_std", 0) > getattr(args, "max_std", math.inf):
         raise UserError(f"--min-std must be at most --max-std, got {args.min_std} and {args.max_std}")
+    if getattr(args, "capacity", args.horizon) < args.horizon:
+        raise UserError(f"--capacity {args.capacity} cannot hold one chunk of --horizon {args.horizon} steps")
     if getattr(args, "checkpoint", None) and args.setting == "online":
         raise UserError("--setting online begins with an untrained policy: leave out --checkpoint")
     if getattr(args, "ray", None) and not args.rollouts:

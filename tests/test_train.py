@@ -434,6 +434,7 @@ def bad_commands(demo_file, stage_one, uninterrupted, tmp_path):
         "a run is there": ([*start, "--run-dir", str(uninterrupted)], "--overwrite"),
         "a run is there, before stage I": (["--data", str(demo_file), "--run-dir", str(uninterrupted)], "--overwrite"),
         "unwritable folder": ([*start, "--run-dir", str(tmp_path / "file" / "run")], "file"),
+        "no room for a chunk": ([*start, "--capacity", "3"], "--capacity 3 cannot hold one chunk of --horizon 5 steps"),
         "temperature 0": ([*start, "--temperature", "0", "--warmup-steps", "0"], "temperature"),
         "endless updates": ([*start, "--updates-per-step", "inf"], "--updates-per-step must be a number greater"),
         "more than a whole batch": ([*start, "--demo-share", "1.5"], "--demo-share is between 0 and 1"),
@@ -449,7 +450,7 @@ MISTAKES = [
     "evaluate stage I", "a checkpoint for nothing",
     "no such device", "fewer than no threads", "a negative seed", "a seed of 20 digits", "no steps", "a run is there",
     "a run is there, before stage I", "unwritable folder",
-    "temperature 0", "endless updates", "more than a whole batch"]
+    "no room for a chunk", "temperature 0", "endless updates", "more than a whole batch"]
 
 
 @pytest.mark.parametrize("name", MISTAKES)
