@@ -115,8 +115,8 @@ class Guard:
         return self.joints.copy(), self.gripper
 
     def sent(self, joints, gripper):
-        """
-        What the driver really sent becomes the last target. Returns it in action units (7,): the replay's action.
+        """What the driver really sent becomes the last target. Returns it in action units (7,): the replay's action.
+
         ValueError, and the old target, where that is no place: it would be sent again.
         """
         if not _finite([*joints, gripper], 7):

@@ -25,8 +25,6 @@ class Captured:
 
     def __init__(self, agent):
         self.agent, self.update, self.eager_calls, self.replay = agent, agent.update, 3, None
-        if agent.device.index:                                            # --device cuda:1: a stream and a capture are
-            torch.cuda.set_device(agent.device)                           # the current GPU's, not that of the tensors
 
     def __call__(self, batch, warmup):
         if warmup or self.eager_calls > 0:

@@ -43,6 +43,8 @@ def usable_device(name, mps=True):
     try:
         device = torch.device(best if name == "auto" else name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)             # its streams, captures and random numbers are the current GPU's
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); --device auto takes "
                         f"{best}") from error

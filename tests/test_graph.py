@@ -6,7 +6,6 @@ That is what a CUDA graph does, so what a graph cannot hold shows here: a number
 that is not the same in the next call, a scalar that should have changed. Not here: CUDA itself.
 """
 import copy
-import types
 
 import pytest
 import torch
@@ -130,12 +129,12 @@ def test_a_run_without_an_nvidia_gpu_refuses_the_flag_before_anything_else(tmp_p
     assert isinstance(make("poco", graph=True).update, graph.Captured) and not hasattr(settings(qc), "graph")
 
 
-def test_the_graph_of_a_second_gpu_is_captured_on_that_one(monkeypatch):
-    """Streams and captures are those of the current GPU: what runs on another is not captured, and never repeated."""
+def test_a_second_gpu_becomes_the_current_one(monkeypatch):
+    """Streams, captures and random numbers are the current GPU's: a graph of another would hold nothing."""
     chosen = []
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
-        graph.Captured(types.SimpleNamespace(device=torch.device(name), update=None))
+    assert [logbook.usable_device(name).index for name in ("cpu", "cuda", "cuda:0", "cuda:1")] == [None, None, 0, 1]
     assert chosen == [torch.device("cuda:1")]
 
 
