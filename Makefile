@@ -8,7 +8,8 @@ lift: .venv/ready
 	$(RUN) train_online.py --task lift --preset cpu
 
 test: .venv/ready
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not realtime"
+	$(RUN) -m pytest -m realtime                        # they wait for the clock: nothing beside them
 
 demo: .venv/ready
 	$(RUN) poco.py

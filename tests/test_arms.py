@@ -240,6 +240,7 @@ def test_success_of_the_cube_is_its_height():
         assert arm.success() == lifted
 
 
+@pytest.mark.realtime
 def test_real_time_follows_the_clock():
     arm = simulated(realtime=True)
     goal = arm.home + [0.6, 0, 0, 0, 0, 0]

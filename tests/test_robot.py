@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arms import senses
 from arms.keypad import TerminalPad, events, open_keypad
 from arms.kinematics import Kinematics, rotation_vector
 from arms.senses import PERIOD, Pace, rotation_matrix
@@ -329,18 +330,20 @@ def test_a_keypad_that_is_not_there_is_an_error_in_one_line(tmp_path):
 
 # ---- deadlines
 
-@pytest.mark.realtime
-def test_deadlines_are_absolute_and_missed_ones_are_counted_not_caught_up():
-    pace, waits = Pace(realtime=True), []
+def test_deadlines_are_absolute_and_missed_ones_are_counted_not_caught_up(monkeypatch):
+    clock, pace, waits = [100.0], Pace(realtime=True), []
+
+    def sleep(seconds):
+        clock[0] += seconds
+    monkeypatch.setattr(senses, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
     pace.start()
-    since = time.monotonic()
     for count in range(12):
-        time.sleep({4: 0.15, 8: 0.06}.get(count, 0.01))            # one that missed its deadline, one that nearly did
-        command = time.monotonic()
+        sleep({4: 0.15, 8: 0.06}.get(count, 0.01))                 # one that missed its deadline, one that nearly did
+        command = clock[0]
         pace.wait()
-        waits.append(time.monotonic() - command)
-    elapsed = time.monotonic() - since
-    assert elapsed == pytest.approx(12 * PERIOD + 0.15, abs=0.03)
-    assert waits[4] > PERIOD - 0.001 and waits[8] > PERIOD / 4 - 0.001     # a whole period after a late command
+        waits.append(clock[0] - command)
+    assert clock[0] - 100 == pytest.approx(12 * PERIOD + 0.15)          # nothing else adds up
+    assert waits[4] == pytest.approx(PERIOD) and waits[8] == pytest.approx(PERIOD / 4)  # whole after a late command
     report = pace.report()
-    assert report["overruns"] == 1 and report["period_max"] > 140 and abs(report["period_p50"] - 66.7) < 8
+    assert report["overruns"] == 1 and report["period_max"] == pytest.approx(1000 * (0.15 + PERIOD))
+    assert report["period_p50"] == pytest.approx(1000 * PERIOD)

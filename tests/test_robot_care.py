@@ -272,6 +272,7 @@ def test_a_tele_operator_without_a_number_is_no_command():
         assert np.ptp(arm.sent, axis=0).max() < 1e-9
 
 
+@pytest.mark.realtime
 def test_the_watchdog_repeats_the_last_target_and_never_while_the_driver_is_read():
     watched, arm = plain(Person(space), realtime=True)
     asked = []
@@ -288,6 +289,7 @@ def test_the_watchdog_repeats_the_last_target_and_never_while_the_driver_is_read
     assert watched.trips >= 2 and asked[2] < 1e-9 and arm.overlaps == 0 and "watchdog" in watched.status()
 
 
+@pytest.mark.realtime
 def test_what_a_policy_made_of_an_old_view_is_not_executed(capfd):
     late, arm = plain(Person(space), realtime=True)
     calls = []

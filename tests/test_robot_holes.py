@@ -210,6 +210,7 @@ def test_whatever_a_driver_does_is_a_lost_view_and_no_traceback(give, told):
         senses.read(Bare(lambda: fail(UserError("no OpenGL"))))
 
 
+@pytest.mark.realtime
 def test_a_command_that_fails_in_any_way_is_held_and_the_watchdog_outlives_it(capfd):
     rig, arm = plain(Person(space), realtime=True)
     send, falls = arm.send_action, iter([False] * 5 + [True] * 3)
