@@ -287,7 +287,7 @@ def train(args, agent, data, clock, book, state=None, world_class=Interaction):
                 with clock("eval"):
                     episodes = args.final_episodes if last else args.eval_episodes
                     rate = evaluate(agent, evaluator, episodes, step, book, bar)
-            if step % args.log_every == 0:                    # after the evaluation, whose time belongs to it
+            if step % args.log_every == 0 or last:            # after the evaluation, whose time belongs to it
                 report.write(step, warmup=int(warmup), success=world.success(), episodes=world.episodes)
             if rate > report.best and not warmup:
                 report.best = rate

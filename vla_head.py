@@ -477,7 +477,7 @@ def train(args, run: Run, book, report) -> bool:
             if (run.steps % args.eval_every == 0 and not warmup) or last:
                 with clock("eval"):
                     run.evaluate(book, run.steps)
-            if run.steps % args.log_every == 0:
+            if run.steps % args.log_every == 0 or last:
                 report.write(run.steps, warmup=int(warmup), success=success, episodes=run.episodes)
             if (stop := interrupt.stop) or run.steps % args.save_every == 0 or last:
                 save(book, run, report)

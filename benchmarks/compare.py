@@ -88,8 +88,9 @@ def parse(argv=None):
     args.out = args.out or f"runs/{args.ablation or 'compare'}-{args.task}"
     args.methods = [" ".join(method.split()) for method in (args.methods or "poco,qc").split(",")]
     given = [*flags, *" ".join(args.methods).split()]
-    for name in {"task", "seed", "run_dir", "resume", "eval"}.intersection(names_of(given)):
-        raise UserError(f"each run has its own --{name.replace('_', '-')}: leave it out (seeds: --seeds, --first-seed)")
+    for name in {"task", "seed", "run_dir", "resume", "eval", "overwrite"}.intersection(names_of(given)):
+        raise UserError(f"each run has its own --{name.replace('_', '-')}: leave it out (seeds: --seeds, --first-seed; "
+                        "to repeat a run remove its folder)")
     unknown = {method.split()[0] if method else "" for method in args.methods} - set(METHODS)
     if unknown:
         raise UserError(f"unknown method {', '.join(sorted(unknown))!r}; methods: {', '.join(METHODS)}")

@@ -6,15 +6,18 @@
 
 Not here: the files (see __init__.py).
 """
+import copy
+
+STATE = ("sums", "updates", "best", "seconds", "step", "written", "pending")
 
 
 class Report:
-    """Sums of the statistics since the last row, on their device, and the seconds of every phase so far."""
+    """Sums of the statistics since the last row, on their device, and the seconds of every phase, then and in all."""
 
     def __init__(self, book, clock, phases):
         self.book, self.clock = book, clock
         self.sums, self.updates, self.best, self.seconds = {}, 0, -1.0, dict.fromkeys(phases, 0.0)
-        self.step, self.written = 0, 0                # steps and updates before this interval
+        self.step, self.written, self.pending = 0, 0, dict(self.seconds)      # where this interval began; its seconds
 
     def add(self, stats):
         self.updates += 1
@@ -25,7 +28,8 @@ class Report:
     def write(self, step, **scalars):
         """A row of progress.csv: these numbers, the means, and what was done a second."""
         means, self.sums = {name: float(total) / count for name, (total, count) in self.sums.items()}, {}
-        seconds = self._split()
+        self._split()
+        seconds, self.pending = self.pending, dict.fromkeys(self.seconds, 0.0)
         busy, steps, updates = sum(seconds.values()), step - self.step, self.updates - self.written
         self.book.log(step, **scalars, updates=self.updates, env_steps_per_s=steps / busy, updates_per_s=updates / busy,
                       **means, **{f"time/{name}": value for name, value in seconds.items()})
@@ -37,15 +41,16 @@ class Report:
         return f"stage II took {sum(self.seconds.values()):.0f} s: {parts}"
 
     def _split(self):
-        seconds = dict.fromkeys(self.seconds, 0.0) | self.clock.split()
-        self.seconds = {name: value + seconds[name] for name, value in self.seconds.items()}
-        return seconds
+        for name, seconds in self.clock.split().items():
+            self.seconds[name] += seconds
+            self.pending[name] += seconds
 
     def state_dict(self):
-        return {"sums": self.sums, "updates": self.updates, "best": self.best, "seconds": self.seconds}
+        self._split()
+        return {name: copy.copy(getattr(self, name)) for name in STATE}
 
     def load_state_dict(self, state, step):
-        """What a resumed run counts on from, at this step."""
-        for name in ("sums", "updates", "best", "seconds"):
-            setattr(self, name, state[name])
-        self.step, self.written = step, self.updates
+        """What a resumed run counts on from; in older checkpoints its row begins at this step."""
+        state = {"step": step, "written": state["updates"], "pending": self.pending} | state
+        for name in STATE:
+            setattr(self, name, copy.copy(state[name]))

@@ -131,9 +131,10 @@ def test_a_run_that_is_there_does_not_pass_for_one_made_with_other_flags(flags, 
     assert calls == [["--resume", "runs/lift-poco-s0"]]
 
 
-@pytest.mark.parametrize("flags", [["--seed", "7"], ["--seed=7"], ["--run-dir", "runs/x"], ["--run_dir=runs/x"]])
+@pytest.mark.parametrize("flags", [["--seed", "7"], ["--seed=7"], ["--run-dir", "runs/x"], ["--run_dir=runs/x"],
+                                   ["--overwrite"]])
 def test_what_differs_from_run_to_run_is_not_set_for_all(flags):
-    with pytest.raises(UserError, match="each run has its own --(seed|run-dir): leave it out"):
+    with pytest.raises(UserError, match="each run has its own --(seed|run-dir|overwrite): leave it out"):
         compare.main(["--methods", "poco", *flags])
 
 

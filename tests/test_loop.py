@@ -7,6 +7,7 @@ Not here: the updates (test_update.py), whole runs with a simulator and their re
 """
 import csv
 import dataclasses
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -153,13 +154,13 @@ def test_warm_up_evaluations_rows_and_the_best_checkpoint(tmp_path, monkeypatch)
     assert (best["world"]["steps"], best["report"]["best"], last["world"]["steps"]) == (9, 0.5, 13)
     with open(book.folder / "progress.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == [int(row["updates"]) for row in rows] == [2, 4, 6, 8, 10, 12]
-    assert [float(row["q"]) for row in rows] == [1.5, 3.5, 5.5, 7.5, 9.5, 11.5]      # means since the row before
-    assert [int(row["warmup"]) for row in rows] == [1, 1, 0, 0, 0, 0]
+    assert [int(row["step"]) for row in rows] == [int(row["updates"]) for row in rows] == [2, 4, 6, 8, 10, 12, 13]
+    assert [float(row["q"]) for row in rows] == [1.5, 3.5, 5.5, 7.5, 9.5, 11.5, 13]  # means since the row before
+    assert [int(row["warmup"]) for row in rows] == [1, 1, 0, 0, 0, 0, 0]
     for row in rows:
-        busy = sum(float(row[f"time/{phase}"]) for phase in train_online.PHASES)
-        assert [float(row[name]) * busy for name in ("env_steps_per_s", "updates_per_s")] == pytest.approx([2, 2])
-    assert last["report"]["sums"]["q"][1] == 1               # of step 13
+        busy, steps = sum(float(row[f"time/{phase}"]) for phase in train_online.PHASES), 1 if row["step"] == "13" else 2
+        assert [float(row[name]) * busy for name in ("env_steps_per_s", "updates_per_s")] == pytest.approx([steps] * 2)
+    assert last["report"]["sums"] == {}
 
 
 def test_stage_two_begins_with_the_same_random_numbers_whatever_stage_one_drew(tmp_path, monkeypatch):
@@ -202,15 +203,23 @@ def test_stage_one_masks_what_is_missing_and_has_its_own_rate(monkeypatch):
     assert torch.equal(train_offline.make_policy(args, torch.device("cpu"), data).obs_mean, torch.zeros(3))
 
 
-def test_a_resumed_report_counts_on():
+def test_a_resumed_report_counts_on_and_its_row_holds_the_time_before_the_interruption():
     rows, clock = [], Clock()
     one, other = (Report(SimpleNamespace(log=lambda step, **row: rows.append(row)), clock, ("env",)) for _ in range(2))
     one.add({"q": torch.tensor(1.0)})
-    one.best, one.seconds["env"] = 0.5, 7.0
-    other.load_state_dict(one.state_dict(), 4)
+    one.best, one.seconds["env"], one.step = 0.5, 7.0, 2
+    with clock("env"):
+        time.sleep(0.01)
+    saved = one.state_dict()
+    one.seconds["env"] = one.pending["env"] = 99.0                              # what is saved stays as it was
+    other.load_state_dict(saved, 4)
     other.add({"q": torch.tensor(3.0)})
     with clock("env"):
         pass
     other.write(5)
-    assert (rows[0]["q"], rows[0]["updates"], other.best) == (2.0, 2, 0.5) and other.seconds["env"] > 7
-    assert rows[0]["env_steps_per_s"] == rows[0]["updates_per_s"] == 1 / rows[0]["time/env"]
+    assert (rows[0]["q"], rows[0]["updates"], other.best) == (2.0, 2, 0.5) and 7.01 < other.seconds["env"] < 9
+    assert 0.01 < rows[0]["time/env"] < 2 and rows[0]["env_steps_per_s"] == 3 / rows[0]["time/env"]
+    assert rows[0]["updates_per_s"] == 2 / rows[0]["time/env"]
+    older = {name: saved[name] for name in ("sums", "updates", "best", "seconds")}
+    other.load_state_dict(older, 4)
+    assert (other.step, other.written) == (4, 1)
