@@ -37,7 +37,7 @@ from arms.settings import open_arm, open_eyes, parse, recall, remember, writing
 from distributed.arm import Faraway
 from logbook import Interrupt, Logbook, UserError, cli, curve, fitting
 
-LATE = 1.0                                     # seconds after which what a policy made of a view is not executed
+LATE = 1.0                                     # seconds after which what was made of a view is not executed
 CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)        # also counts while a laptop sleeps
 
 
@@ -249,10 +249,11 @@ class Rig:
         else:
             self.queue = self.queue or list(act(view.vector))
             requested = self.queue.pop(0)
-            if self.args.realtime and (age := time.clock_gettime(CLOCK) - self.looked) > LATE:       # all has changed
-                self._send(*self.guard.hold("late"))
-                self.senses.fault, self.failed, self.lost = f"the policy took {age:.1f} s", True, True
-                return None, None
+        if self.args.realtime and (age := time.clock_gettime(CLOCK) - self.looked) > LATE:           # all has changed
+            self._send(*self.guard.hold("late"))
+            who = "operator's arm" if self.human else "policy"
+            self.senses.fault, self.failed, self.lost = f"the {who} took {age:.1f} s", True, True
+            return None, None
         return requested, self._send(*self.guard.step(requested, view.joints))
 
     def _begin(self, seed):

@@ -44,6 +44,22 @@ def test_after_a_slow_policy_a_whole_period_follows_every_late_command(seconds, 
 
 
 @pytest.mark.realtime
+def test_what_an_operators_arm_answers_late_is_not_executed(capfd):
+    class Leader:
+        calls = 0
+
+        def get_action(self):
+            self.calls += 1
+            time.sleep((LATE + 0.1) * (self.calls == 4))
+            return dict(zip((*JOINTS, "gripper.pos"), [*arm.rest, 0.03], strict=True))
+    late, arm = plain(Person(space), realtime=True, teleop=Leader())
+    with late:
+        take = late.episode(None, 0)
+    assert take.dropped == 1 and [len(piece["action"]) for piece in take.pieces] == [3, 7]
+    assert "HOLDING: the operator's arm took 1." in capfd.readouterr().err and late.guard.counts["late"] == 1
+
+
+@pytest.mark.realtime
 def test_after_a_stop_of_the_process_nothing_of_the_old_chunk_runs(capfd):
     """It is stopped while it waits for a deadline, where no policy is late."""
     rig, arm = plain(Person(space), realtime=True)
