@@ -82,9 +82,10 @@ def _draw_run(axes, folder):
         axes.plot(steps, 100 * np.array(shares), color="0.6", linewidth=1.2, zorder=1,
                   label="collecting, last 20 episodes")
     start = evaluations.get("policy", {}).get(0)
-    if start and args.get("method") != "bc":          # stage II starts from the cloned policy
+    if start and args.get("method") != "bc":          # stage II starts from the cloned policy, if there was a stage I
+        untrained = args.get("setting") == "online" or args.get("method") in ("rlpd", "rlpd-ac")
         axes.axhline(100 * start[0] / start[1], color="0.3", linewidth=1.2, linestyle=(0, (4, 3)), zorder=0,
-                     label=f"behaviour cloning, {100 * start[0] / start[1]:.0f} %")
+                     label=f"{'untrained' if untrained else 'behaviour cloning'}, {100 * start[0] / start[1]:.0f} %")
     last = max([step for steps in evaluations.values() for step in steps], default=0)
     for index, (acting, steps) in enumerate(sorted(evaluations.items())):
         counts = np.array([steps[step] for step in sorted(steps)])           # (evaluations, 2)

@@ -466,6 +466,18 @@ def test_curve_plots_success_in_percent_with_wilson_intervals(book):
     assert axes.get_title() == "lift, poco, seed 0, preset cpu"
 
 
+@pytest.mark.parametrize("args", [{"method": "poco", "setting": "online"}, {"method": "rlpd-ac"}])
+def test_curve_calls_what_was_not_cloned_untrained(tmp_path, args):
+    from matplotlib.figure import Figure
+    from logbook.figure import _draw_run
+    book = Logbook.create(tmp_path / "run", ARGS | args, ["success"])
+    fill(book, 10)
+    axes = Figure().add_subplot()
+    _draw_run(axes, book.folder)
+    names = [line.get_label() for line in axes.get_lines()]
+    assert "untrained, 30 %" in names and not any("cloning" in name for name in names)
+
+
 def test_wilson_interval_matches_published_values():
     """Newcombe (1998), Table I: 81/263, 15/148, 0/20, 1/29."""
     for counts, expected in (((81, 263), (0.2553, 0.3662)), ((15, 148), (0.0624, 0.1605)),
