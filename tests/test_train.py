@@ -155,7 +155,7 @@ def test_stage_two_resumed_is_bitwise_the_uninterrupted_run(first, demo_file, st
     train_online.main(["--resume", str(tmp_path / "run"), "--online-steps", "40"])
     same(load_checkpoint(tmp_path / "run" / "last.pt"), load_checkpoint(uninterrupted / "last.pt"))
     steps = [int(row["step"]) for row in rows(tmp_path / "run" / "progress.csv")]
-    assert steps == list(range(4, 41, 4))
+    assert steps == sorted({*range(4, 41, 4), first})        # where it had ended before there is a row, too
 
 
 def test_a_resumed_run_goes_on_with_the_arguments_it_was_last_given(demo_file, stage_one, tmp_path):
