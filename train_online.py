@@ -22,7 +22,7 @@ import torch
 
 import envs
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
-from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, cli, curve, fitting, keep_rate,
+from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, check_end, cli, curve, fitting, keep_rate,
                      load_checkpoint, noise_state, read_args, refuse_nonfinite, restore_noise, usable_device)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
@@ -338,6 +338,7 @@ def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy, world_c
         state = book.load("last.pt")
         with fitting(folder):
             book.rewind(state["world"]["steps"])
+        check_end(folder, state["world"]["steps"], args)
         policy = make_policy(args, device)
     else:
         state = None

@@ -36,8 +36,8 @@ from arms.adapters.cost import cost
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from demos.views import Seeing, View, see_demonstrations
 from flow_policy import FlowPolicy
-from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, check_kept, check_numbers, cli, curve,
-                     fitting, keep_rate, load_checkpoint, noise_state, plainly, read_args, refuse_nonfinite,
+from logbook import (Clock, Interrupt, Logbook, Progress, Report, UserError, check_end, check_kept, check_numbers, cli,
+                     curve, fitting, keep_rate, load_checkpoint, noise_state, plainly, read_args, refuse_nonfinite,
                      restore_noise, usable_device)
 from poco import e_step, m_step_loss
 from replay import ChunkReplay
@@ -508,6 +508,7 @@ def main(argv=None):
     elif args.resume:
         book = Logbook.resume(folder, COLUMNS, task=args.task, method="vla")
         book.rewind((state := book.load("last.pt"))["step"])
+        check_end(folder, state["step"], args)
     else:
         state = load_checkpoint(folder)
     policy = make_policy(args, folder)

@@ -2,7 +2,7 @@
 
     from logbook import Logbook, UserError, cli, curve, load_checkpoint, save_checkpoint       # this file, and others
     from logbook import Clock, Interrupt, Progress                                             # console.py
-    from logbook import check_kept, check_numbers, plainly, usable_device                      # errors.py
+    from logbook import check_end, check_kept, check_numbers, plainly, usable_device           # errors.py
     from logbook import Report                                                                 # report.py
 
     book = Logbook.create("runs/lift-poco-s0", args, columns=["success", "time/env"])
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from .console import Clock, Interrupt, Progress       # noqa: F401, offered here so that one import is enough
-from .errors import UserError, check_kept, check_numbers, cli, plainly, reason, usable_device  # noqa: F401
+from .errors import UserError, check_end, check_kept, check_numbers, cli, plainly, reason, usable_device  # noqa: F401
 from .report import Report                            # noqa: F401
 
 VERSION = 1                                           # of a checkpoint: raise it when old ones are no use

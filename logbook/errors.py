@@ -1,6 +1,6 @@
 """Mistakes the user can repair: one sentence on stderr, exit code 2, no traceback.
 
-    from logbook import UserError, check_kept, check_numbers, cli, plainly, usable_device
+    from logbook import UserError, check_end, check_kept, check_numbers, cli, plainly, usable_device
 
 Not here: what a particular script refuses besides.
 """
@@ -66,6 +66,12 @@ def check_kept(folder, args, begun, names):
         if getattr(args, name, None) != getattr(begun, name, None):
             raise UserError(f"{folder} was begun with {name} {getattr(begun, name)}: it cannot go on with "
                             f"{getattr(args, name)}")
+
+
+def check_end(folder, step, args):
+    """Refuse an end before the step where the run is: args.json would then claim a shorter run than the rows show."""
+    if step > args.online_steps:
+        raise UserError(f"{folder} has {step} steps already: --online-steps must be at least that")
 
 
 def cli(main):

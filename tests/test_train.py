@@ -168,6 +168,9 @@ def test_a_resumed_run_goes_on_with_the_arguments_it_was_last_given(demo_file, s
     assert text["args"]["online_steps"] == 12 and text["args"]["online_learning_rate"] == 1e-9
     assert [one["args"] for one in text["earlier"]] == [{"online_steps": 10, "online_learning_rate": 1e-3}]
     assert text["earlier"][0]["versions"] == text["versions"]
+    with pytest.raises(UserError, match="run has 12 steps already: --online-steps must be at least that"):
+        train_online.main(["--resume", str(folder), "--online-steps", "11"])
+    assert json.loads((folder / "args.json").read_text()) == text
 
 
 def test_a_finished_stage_one_evaluated_anew_says_with_what(stage_one, tmp_path):

@@ -457,6 +457,8 @@ def test_lift_from_pictures_runs_and_resumes_exactly(tmp_path, monkeypatch, caps
     vla_head.main(["--eval", "part"])
     assert "success" in capsys.readouterr().out
 
+    with pytest.raises(UserError, match="part has 24 steps already: --online-steps must be at least that"):
+        vla_head.main(["--resume", "part", "--online-steps", "23"])
     vla_head.main(["--resume", "part", "--online-steps", "26", "--actor-learning-rate", "1e-7"])
     stored = json.loads((tmp_path / "part/args.json").read_text())
     assert load_checkpoint("part")["learner"]["actor_optimizer"]["param_groups"][0]["lr"] == 1e-7
