@@ -262,6 +262,7 @@ def pretrain(args, data, device, book, state=None):
     optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.learning_rate, fused=device.type != "mps")
     generator = torch.Generator(device).manual_seed(args.seed)
     start, clock, total, summed = 0, Clock(), torch.zeros((), device=device), 0       # the loss since the last row
+    timed, seconds = 0, 0.0                                                      # the updates and their time since then
     if state is not None:
         with fitting(book.folder):
             policy.load_state_dict(state["policy"])
@@ -269,13 +270,15 @@ def pretrain(args, data, device, book, state=None):
             generator.set_state(state["generator"])
             restore_noise(state["torch_rng"], device)
             start, total, summed = state["step"], state["loss"].to(device), state["summed"]
+            if "seconds" in state:                                               # older checkpoints do not tell
+                timed, seconds = summed, state["seconds"]
 
     def save(step):
         refuse_nonfinite(policy.state_dict(), "policy", f"before step {step}; {book.last_good()}. Check the "
                          "demonstrations, or lower --learning-rate")
         book.save("last.pt", {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
                               "generator": generator.get_state(), "torch_rng": noise_state(device),
-                              "loss": total, "summed": summed})
+                              "loss": total, "summed": summed, "seconds": seconds})
 
     if args.pretrain_steps == 0:
         save(0)
@@ -288,17 +291,16 @@ def pretrain(args, data, device, book, state=None):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-                total, summed = total + loss.detach(), summed + 1
+                total, summed, timed = total + loss.detach(), summed + 1, timed + 1
+            seconds += clock.split()["update"]
             report, stop = step % every == 0 or step == args.pretrain_steps, interrupt.stop
             if report:
-                seconds = clock.split()["update"]
                 mean = total.item() / summed
                 if not np.isfinite(mean):
                     raise UserError(f"the loss became {mean} before step {step}; {book.last_good()}. Check the "
                                     "demonstrations, or lower --learning-rate")
-                rate = min(summed, step - start) / seconds
-                book.log(step, bc=mean, updates_per_s=rate, **{"time/update": seconds})
-                total, summed = torch.zeros_like(total), 0
+                book.log(step, bc=mean, updates_per_s=timed / seconds, **{"time/update": seconds})
+                total, summed, timed, seconds = torch.zeros_like(total), 0, 0, 0.0
             if report or stop:
                 save(step)
             bar.update(step, step)

@@ -109,6 +109,8 @@ def test_stage_one_interrupted_between_two_rows_has_the_same_rows(demo_file, tmp
     train_offline.main(["--resume", str(tmp_path / "parts")])
     whole, parts = (rows(tmp_path / name / "progress.csv") for name in ("whole", "parts"))
     assert [(row["step"], row["bc"]) for row in whole] == [(row["step"], row["bc"]) for row in parts]
+    for row in parts:                                        # the seconds before the interruption are counted, too
+        assert float(row["updates_per_s"]) * float(row["time/update"]) == pytest.approx(3)
 
 
 def test_no_step_of_stage_one_leaves_the_untrained_policy(demo_file, tmp_path, capsys):
