@@ -350,7 +350,7 @@ def stage_one(args, device, data=None):
 
 
 def load_policy(args, device, data):
-    """The policy stage II begins with: from args.checkpoint, or trained now. None if the user interrupted stage I."""
+    """The policy of stage II's start: untrained (online), from args.checkpoint, or trained now. None if interrupted."""
     if args.setting == "online":
         return make_policy(args, device, data)
     if args.checkpoint is None:

@@ -12,7 +12,7 @@ STATE = ("sums", "updates", "best", "seconds", "step", "written", "pending")
 
 
 class Report:
-    """Sums of the statistics since the last row, on their device, and the seconds of every phase, then and in all."""
+    """Since the last row: sums of the statistics, on their device, and every phase's seconds; these also in all."""
 
     def __init__(self, book, clock, phases):
         self.book, self.clock = book, clock
@@ -50,7 +50,7 @@ class Report:
         return {name: copy.copy(getattr(self, name)) for name in STATE}
 
     def load_state_dict(self, state, step):
-        """What a resumed run counts on from; in older checkpoints its row begins at this step."""
+        """What a resumed run counts on from; older checkpoints hold the sums alone: the row's time begins at step."""
         state = {"step": step, "written": state["updates"], "pending": self.pending} | state
         for name in STATE:
             setattr(self, name, copy.copy(state[name]))
