@@ -300,6 +300,7 @@ class Logbook:
                 self._rewrite(name, header, rows)
         self.close()
         self._purge_step = step + 1                   # TensorBoard hides what earlier files say from here on
+        self._scalars(step, {})                       # said now: the next interruption may come before a row
 
     def close(self):
         if self._events is not None:

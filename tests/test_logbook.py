@@ -371,6 +371,19 @@ def test_resumed_run_has_no_row_twice(book):
     assert points(again)["success"] == [(10, 0.1), (20, 0.2), (30, 0.9), (40, 1.0)]
 
 
+def test_tensorboard_forgets_what_was_rewound_also_where_no_row_came_before_the_next_interruption(book):
+    for step in (10, 20, 30, 40):
+        book.log(step, success=step / 100)
+    book.save("last.pt", {})
+    for step in (20, 35):                             # killed, saved again between two rows of a longer --log-every
+        again = Logbook.resume(book.folder, COLUMNS)
+        again.rewind(step)
+        again.close()
+    again.log(50, success=0.9)
+    assert [row[0] for row in rows(book.folder / "progress.csv")] == ["step", "10", "20", "50"]
+    assert points(again)["success"] == [(10, 0.1), (20, 0.2), (50, 0.9)]
+
+
 def test_resume_refuses_what_is_not_the_run_asked_for(book, tmp_path):
     with pytest.raises(UserError, match="no run folder .*nowhere"):
         Logbook.resume(tmp_path / "nowhere", COLUMNS)
