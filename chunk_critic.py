@@ -79,8 +79,9 @@ def aggregate(q: Tensor, pessimism: float = 0.0) -> Tensor:
 def td_target(returns: Tensor, bootstrap: Tensor, next_q: Tensor) -> Tensor:
     """h-step target of Eq. 14, each argument (B,), without gradient.
 
-    returns = sum of gamma^k r over the k real steps of the chunk; bootstrap = gamma^k, or 0 where the episode
-    terminated; next_q = target-critic value of a policy chunk at the state after the last real step.
+    returns = sum of gamma^i r_i over the chunk's k real steps; bootstrap = gamma^k, the paper's gamma^T where the
+    episode went on, or 0 where it terminated; next_q = target-critic value of a policy chunk at the state after the
+    last real step.
     """
     return returns + bootstrap * next_q
 

@@ -6,7 +6,7 @@ The task table, one gymnasium environment per task, open-loop chunk execution, a
     result = envs.evaluate(policy, "lift", episodes=50, seed=1000)      # policy(obs (1, D), rng) -> chunk (H, A)
 
 One core: the first environment takes 4 s (simulator import), then 290 to 1,060 steps/s (benchmarks/speed-cpu.json).
-Shapes: D observation, A action, H chunk, T steps of an episode, E evaluation episodes, C conditions of a goal.
+Shapes: D observation, A action, H chunk (paper: T), T steps of an episode, E evaluation episodes, C goal conditions.
 Not here: policies, replay, demonstrations, training seeds. Nothing is ever padded or auto-reset. What robosuite draws
 while it builds a model (the size of Lift's cube) is fixed; positions, angles and the arm's first pose are the seed's.
 """

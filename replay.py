@@ -38,8 +38,9 @@ FIELDS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
 class ChunkReplay:
     """Ring buffer behind a block of demonstrations that is never overwritten.
 
-    capacity counts transitions, demonstrations included. Everything is float32 on `device`. demo_share is the share of
-    every batch that comes from the demonstrations; None draws uniformly from all (paper).
+    capacity counts transitions, demonstrations included (train_online.py adds these to its --capacity). Everything is
+    float32 on `device`. demo_share is the share of every batch that comes from the demonstrations; None draws uniformly
+    from all (paper).
     """
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, horizon: int, discount: float,

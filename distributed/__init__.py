@@ -11,7 +11,7 @@ one episode limit and two chunks ahead of what the learner has taken from it. A 
 and its unfinished episode played again from its start, by the policy of that day; so it is after --resume. A run is a
 function of its seed only without workers: which weights are the newest is a matter of time.
 Not here: Ray (cluster.py), an arm's learner on another machine (arm.py), the updates (train_online.py).
-Shapes: T steps of an episode, D observation, A action.
+Shapes: T steps of an episode (not the paper's T, a chunk's), D observation, A action.
 """
 import collections
 import contextlib
