@@ -26,8 +26,9 @@ import demos
 import envs
 from chunk_critic import aggregate
 from flow_policy import FlowPolicy
-from logbook import (Clock, Interrupt, Logbook, Progress, UserError, check_kept, check_numbers, cli, curve, fitting,
-                     load_checkpoint, noise_state, plainly, read_args, refuse_nonfinite, restore_noise, usable_device)
+from logbook import (Clock, Interrupt, Logbook, Progress, UserError, check_end, check_kept, check_numbers, cli, curve,
+                     fitting, load_checkpoint, noise_state, plainly, read_args, refuse_nonfinite, restore_noise,
+                     usable_device)
 from poco import posterior_weights
 from replay import ChunkReplay
 
@@ -292,8 +293,9 @@ def pretrain(args, data, device, book, state=None):
                 loss.backward()
                 optimizer.step()
                 total, summed, timed = total + loss.detach(), summed + 1, timed + 1
-            seconds += clock.split()["update"]
             report, stop = step % every == 0 or step == args.pretrain_steps, interrupt.stop
+            if report or stop:
+                seconds += clock.split()["update"]
             if report:
                 mean = total.item() / summed
                 if not np.isfinite(mean):
@@ -333,9 +335,8 @@ def stage_one(args, device, data=None):
                 "choose another folder with --run-dir DIR or replace it with --overwrite"))
         state = book.load("last.pt")
         with fitting(folder):
+            check_end(folder, state["step"], args, "pretrain_steps")
             book.rewind(state["step"])
-        if state["step"] > args.pretrain_steps:
-            raise UserError(f"{folder} has {state['step']} steps already: --pretrain-steps must be at least that")
         if state["step"] < args.pretrain_steps or not within_stage_two:          # a finished one is evaluated anew
             book.amend(stored)
         print(f"{folder}: stage I at step {state['step']} of {args.pretrain_steps}", flush=True)

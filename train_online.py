@@ -337,8 +337,8 @@ def main(argv=None, args_class=Args, agent_class=POCO, load=load_policy, world_c
         book = Logbook.resume(folder, columns, task=args.task, method=name)
         state = book.load("last.pt")
         with fitting(folder):
+            check_end(folder, state["world"]["steps"], args)
             book.rewind(state["world"]["steps"])
-        check_end(folder, state["world"]["steps"], args)
         policy = make_policy(args, device)
     else:
         state = None

@@ -507,8 +507,8 @@ def main(argv=None):
         Logbook.refuse_existing(folder, args.overwrite)
     elif args.resume:
         book = Logbook.resume(folder, COLUMNS, task=args.task, method="vla")
-        book.rewind((state := book.load("last.pt"))["step"])
-        check_end(folder, state["step"], args)
+        check_end(folder, (state := book.load("last.pt"))["step"], args)
+        book.rewind(state["step"])
     else:
         state = load_checkpoint(folder)
     policy = make_policy(args, folder)

@@ -68,10 +68,10 @@ def check_kept(folder, args, begun, names):
                             f"{getattr(args, name)}")
 
 
-def check_end(folder, step, args):
+def check_end(folder, step, args, name="online_steps"):
     """Refuse an end before the step where the run is: args.json would then claim a shorter run than the rows show."""
-    if step > args.online_steps:
-        raise UserError(f"{folder} has {step} steps already: --online-steps must be at least that")
+    if step > getattr(args, name):
+        raise UserError(f"{folder} has {step} steps already: --{name.replace('_', '-')} must be at least that")
 
 
 def cli(main):
