@@ -133,7 +133,8 @@ def test_a_run_that_is_there_does_not_pass_for_one_made_with_other_flags(flags, 
 
 @pytest.mark.parametrize("flags", [["--seed", "7"], ["--seed=7"], ["--run-dir", "runs/x"], ["--run_dir=runs/x"],
                                    ["--overwrite"]])
-def test_what_differs_from_run_to_run_is_not_set_for_all(flags):
+def test_what_differs_from_run_to_run_is_not_set_for_all(flags, monkeypatch):
+    monkeypatch.setattr(train_online, "main", lambda argv: pytest.fail("a run was started"))
     with pytest.raises(UserError, match="each run has its own --(seed|run-dir|overwrite): leave it out"):
         compare.main(["--methods", "poco", *flags])
 
