@@ -1,112 +1,261 @@
-"""Stage I: behaviour cloning of demonstrations with the flow-matching loss (paper Sec. IV-C1, Eq. 24).
+"""Stage I: behaviour cloning of demonstrations with the flow-matching loss (Sec. IV-C1, Eq. 24).
 
-    python train_offline.py --task lift                   # 20 scripted demonstrations, about a minute on two cores
-    python train_offline.py --task lift --data FILE       # robomimic HDF5
-    python train_offline.py --resume runs/lift-bc-s0      # continues an interrupted run exactly
-    python train_offline.py --eval runs/lift-bc-s0        # evaluates its checkpoint
+    python train_offline.py --task lift               # 20 scripted demonstrations, about a minute
+    python train_offline.py --task lift --data FILE   # your own, as robomimic HDF5 or npz
+    python train_offline.py --resume runs/lift-bc-s0  # continues an interrupted run exactly
+    python train_offline.py --eval runs/lift-bc-s0    # evaluates its checkpoint
 
-Writes runs/<task>-bc-s<seed>/ with args.json, progress.csv, eval.csv, TensorBoard events, last.pt and curve.png.
-`python train_online.py` runs this stage by itself when it is given no checkpoint.
-Not here: reinforcement learning (train_online.py), how demonstrations are made or read (demos/).
+Writes runs/<task>-bc-s<seed>/: args.json, progress.csv, eval.csv, TensorBoard events, last.pt and
+curve.png. `python train_online.py` runs this stage by itself when it is given no checkpoint.
+Not here: reinforcement learning (train_online.py), where demonstrations come from (demos/).
 """
-import argparse
+
 import ctypes
 import dataclasses
+import functools
+import hashlib
+import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
+import gymnasium
 import numpy as np
 import torch
-import tyro
+from torch import Tensor, nn
 
 import demos
 import envs
 from chunk_critic import aggregate
 from flow_policy import FlowPolicy
-from logbook import (Clock, Interrupt, Logbook, Progress, UserError, check_end, check_kept, check_numbers, cli, curve,
-                     fitting, load_checkpoint, noise_state, plainly, read_args, refuse_nonfinite, restore_noise,
-                     usable_device)
+from logbook import (
+    Clock,
+    Interrupt,
+    Logbook,
+    Progress,
+    UserError,
+    check_end,
+    cli,
+    curve,
+    keep_rate,
+    load_checkpoint,
+    must_fit,
+    noise_state,
+    read_args,
+    refuse_nonfinite,
+    restore_noise,
+    usable_device,
+    user_errors,
+)
+from logbook.options import Count, CountOrZero, Positive, Seed, Width, parse
 from poco import posterior_weights
-from replay import ChunkReplay
+from replay import Batch, ChunkReplay
+
+EVAL_SEED = 1_000_000  # evaluation episodes are the same for all; training never draws these seeds
 
 
 @dataclass
 class Args:
-    task: str = "lift"                # lift, can, square, scene, puzzle-3x3, cube-double or cube-triple
-    preset: Literal["auto", "cpu", "paper"] = "auto"  # paper: Tables II/III to the letter; cpu: minutes on a laptop
-    seed: int = 0                     # of demonstrations, networks, batches and training episodes
-    data: str | None = None           # file of demonstrations; default: made (cpu), found, downloaded or made (paper)
-    demo_episodes: int = 20           # how many demonstrations to make, or to use of the file
-    episode_limit: int = 300          # an episode is truncated after this many steps
-    horizon: int = 5                  # H, actions per chunk, executed open loop
-    hidden: int = 512                 # width of the hidden layers of every network
-    layers: int = 4                   # hidden layers of every network
-    flow_steps: int = 10              # K, Euler steps from noise to a chunk
-    batch_size: int = 256             # chunks per update
-    learning_rate: float = 3e-4       # Adam, in stage I
-    normalize: bool = True            # standardise observations with the demonstrations' mean and deviation (ours)
-    pretrain_steps: int = 100_000     # stage I gradient steps
-    eval_episodes: int = 50           # episodes per evaluation, always the same seeds
-    workers: int = 2                  # evaluation and collection processes
-    device: str = "auto"              # cpu, cuda, mps; auto takes the best one
-    threads: int = 0                  # CPU threads for torch; 0 leaves torch's own choice
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of policy and E-step; auto: bfloat16 where fast
-    run_dir: str | None = None        # where to write; default runs/<task>-<method>-s<seed>
-    overwrite: bool = False           # replace a run that is already in run_dir
-    resume: str | None = None         # continue this run folder exactly where it stopped
-    eval: str | None = None           # only evaluate this run folder's checkpoint
-    video: bool = False               # also write an mp4 of evaluation episodes (needs OpenGL)
+    """What stage I can be asked."""
+
+    task: str = "lift"  # lift, can, square, scene, puzzle-3x3, cube-double, cube-triple
+    preset: Literal["auto", "cpu", "paper"] = (
+        "auto"  # paper: Tables II/III; cpu: minutes on a laptop
+    )
+    seed: Seed = 0  # of demonstrations, networks, batches and training episodes
+    data: str | None = (
+        None  # file of demonstrations; default: made (cpu); found or downloaded (paper)
+    )
+    demo_episodes: Count = 20  # how many demonstrations to make, or to use of the file
+    episode_limit: Count = 300  # steps after which an episode is truncated
+    horizon: Count = 5  # H, actions per chunk, executed open loop
+    hidden: Width = 512  # width of the hidden layers of every network
+    layers: Width = 4  # hidden layers of every network
+    flow_steps: Count = 10  # K, Euler steps from noise to a chunk
+    batch_size: Count = 256  # chunks per update
+    learning_rate: Positive = 3e-4  # Adam, in stage I
+    normalize: bool = True  # standardise observations by the demonstrations' statistics (ours)
+    pretrain_steps: CountOrZero = 100_000  # gradient steps of stage I
+    eval_episodes: Count = 50  # episodes per evaluation, always the same seeds
+    workers: Count = 2  # processes that evaluate and make demonstrations
+    device: str = "auto"  # cpu, cuda, mps; auto takes the best one
+    threads: CountOrZero = 0  # CPU threads for torch; 0 leaves the choice to torch
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of policy and E-step in stage II
+    run_dir: str | None = None  # where to write; default runs/<task>-<method>-s<seed>
+    overwrite: bool = False  # replace a run that is already in run_dir
+    resume: str | None = None  # continue this run folder exactly where it stopped
+    eval: str | None = None  # only evaluate this run folder's checkpoint
+    video: bool = False  # also write an mp4 of evaluation episodes (needs OpenGL)
+
+    # A resumed run keeps these. Stage I is trained anew, in another folder, where one of the second
+    # tuple differs. A method's own values per preset come after the task's.
+    kept: ClassVar[tuple[str, ...]] = ("preset", "seed", "demo_episodes", "normalize")
+    cloning_settings: ClassVar[tuple[str, ...]] = (
+        "data",
+        "demo_episodes",
+        "horizon",
+        "hidden",
+        "layers",
+        "flow_steps",
+        "batch_size",
+        "learning_rate",
+        "normalize",
+        "pretrain_steps",
+        "seed",
+    )
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @classmethod
+    def defaults(cls, known: dict[str, str | None]) -> dict[str, Any]:
+        """Return the values that --task, --preset and --setting stand for."""
+        with user_errors():
+            task = envs.get_task(known["task"] or cls.task)
+        preset = known["preset"] if known["preset"] in ("cpu", "paper") else "auto"
+        setting = "online" if known["setting"] == "online" else "offline-to-online"
+        resolved, _ = resolve_preset(preset)
+        values = {"task": task.name, "preset": preset, "setting": setting}
+        values |= cls.task_values(task, resolved, setting)
+        values |= cls.presets.get(resolved, {})
+        names = {field.name for field in dataclasses.fields(cls)}
+        return {name: value for name, value in values.items() if name in names}
+
+    @classmethod
+    def task_values(cls, task: envs.Task, preset: str, setting: str) -> dict[str, Any]:
+        """Return the task's own values (a script with tables of its own overrides this)."""
+        return envs.settings(task, preset, setting)
 
 
-COLUMNS = ["bc", "updates_per_s", "time/update"]
-SETTINGS = ("offline-to-online", "online")        # Tables III and II
-KEPT = ("preset", "setting", "seed", "demo_episodes", "normalize", "reward_offset", "checkpoint")    # by a resumed run
+# ---- what both stages share ----------------------------------------------------------------------
 
 
-# ---- command line: the task table fills the defaults, the user's flags win -------------------------------------------
+class Acting:
+    """Choose a chunk: obs (1, D) and a numpy generator -> chunk (H, A). Picklable.
 
-def parse(cls, argv=None):
-    """Read the command line into `cls`. --task and --preset are looked at first: --help shows their defaults."""
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in (("--task", None), ("--preset", "auto"), ("--setting", SETTINGS[0]), ("--resume", None),
-                          ("--eval", None)):
-        first.add_argument(name, default=default)
-    known, _ = first.parse_known_args(argv)
-    if known.resume and known.eval:
-        raise UserError("--resume goes on with a run, --eval tests one: give one of them")
-    if known.resume or known.eval:
-        stored = read_args(known.resume or known.eval) | {"overwrite": False}
-        fields = {field.name for field in dataclasses.fields(cls)}
-        defaults = cls(**{name: value for name, value in stored.items() if name in fields})
-        if known.task not in (None, defaults.task):
-            raise UserError(f"{known.resume or known.eval} is a run of task {defaults.task}, not of {known.task}")
-    else:
-        task = known.task or cls.task
-        if task not in envs.TASKS:
-            raise UserError(f"unknown task '{task}'; tasks: {', '.join(envs.TASKS)}")
-        preset = known.preset if known.preset in envs.PRESETS else "auto"      # tyro refuses an unknown one
-        setting = known.setting if known.setting in SETTINGS else SETTINGS[0]
-        defaults = preset_defaults(cls, task, resolve_preset(preset)[0], setting)
-        defaults.preset = preset
-    args = tyro.cli(cls, args=argv, default=defaults, description=sys.modules[cls.__module__].__doc__)
-    args.preset = defaults.preset if args.preset == "auto" else args.preset      # a run's own, on any machine
-    check_kept(known.resume, args, defaults, KEPT if known.resume else ())
-    return args
+    Without a critic it draws from the policy. With one it draws from the particle posterior: the
+    E-step used for acting, candidates weighed by the critic (ours).
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        critic: nn.Module | None = None,
+        num_candidates: int = 1,
+        temperature: float = 1.0,
+        pessimism: float = 0.0,
+    ):
+        self.policy = policy
+        self.critic = critic
+        self.num_candidates = 1 if critic is None else num_candidates
+        self.temperature = temperature
+        self.pessimism = pessimism
+        self.rng = np.random.default_rng()
+
+    def to(self, device: str | torch.device) -> "Acting":
+        """Move the networks: a worker process wants them on the CPU."""
+        self.policy.to(device)
+        if self.critic is not None:
+            self.critic.to(device)
+        return self
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """Choose a chunk (H, A) for one observation (D,)."""
+        return self(np.asarray(obs, dtype=np.float32)[None], self.rng)
+
+    @torch.no_grad()
+    def __call__(self, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        policy = self.policy
+        shape = (1, self.num_candidates, policy.horizon, policy.action_dim)
+        noise = torch.as_tensor(rng.standard_normal(shape, dtype=np.float32), device=policy.device)
+        context = policy.encode(torch.as_tensor(obs, device=policy.device))
+        chunks = policy.sample(context, self.num_candidates, noise=noise)  # (1, N, H, A)
+        if self.critic is None:
+            return chunks[0, 0].cpu().numpy()
+        q = aggregate(self.critic(policy.critic_obs(context), chunks), self.pessimism)  # (1, N)
+        weights = posterior_weights(q, self.temperature)[0].cpu().double().numpy()
+        pick = rng.choice(self.num_candidates, p=weights / weights.sum())
+        return chunks[0, pick].cpu().numpy()
 
 
-def preset_defaults(cls, task, preset, setting=SETTINGS[0]):
-    """The preset's values, except where a method declares an argument of the loop anew: its own default wins."""
-    settings = {"setting": setting} | envs.settings(task, preset, setting)
-    own = {name for name in vars(cls).get("__annotations__", ()) if any(hasattr(base, name) for base in cls.__bases__)}
-    fields = {field.name for field in dataclasses.fields(cls)} - own
-    return cls(task=task, **{name: value for name, value in settings.items() if name in fields})
+class Simulation:
+    """Where a policy acts and what it starts from: one task in its simulator.
+
+    vla_head.py has another with the same members, for policies that see pictures.
+    """
+
+    stage_one = "bc"  # stage I's name in run folders
+    method = None  # stage II's, where it is not the agent's
+
+    def __init__(self, args: Any):
+        self.args = args
+        with user_errors():
+            self.task = envs.get_task(args.task)
+        self.obs_dim = self.task.obs_dim
+        self.action_dim = self.task.action_dim
+
+    def demonstrations(self) -> dict[str, np.ndarray]:
+        """Make, find or download the demonstrations and read them; args.data then names the file.
+
+        Returns obs (T, D), action (T, A), reward, next_obs, terminated and truncated.
+        """
+        args = self.args
+        with user_errors():
+            path = demos.obtain(
+                args.task, args.preset, args.data, args.demo_episodes, args.seed, args.workers
+            )
+            args.data = str(path)
+            data = demos.load(path, args.task, args.demo_episodes)
+            if self.recorded_world is not None:
+                self.make_env().close()  # refuses another simulator's file before stage I
+        return data
+
+    def make_policy(self, device: torch.device, data: dict | None = None) -> nn.Module:
+        """Build an untrained policy that standardises observations by the data's statistics."""
+        args = self.args
+        policy = FlowPolicy(
+            self.obs_dim, self.action_dim, args.horizon, args.hidden, args.layers, args.flow_steps
+        )
+        if data is not None and args.normalize:
+            obs = torch.as_tensor(data["obs"])
+            std = obs.std(0)
+            # Floor the deviation: a cube that is static in the demonstrations may move online.
+            floor = max(1e-3, 0.1 * std.median().item())
+            policy.set_normalizer(obs.mean(0), std.clamp(min=floor))
+        return policy.to(device)
+
+    def make_env(self, render_mode: str | None = None) -> gymnasium.Env:
+        """Build the environment that collects."""
+        return envs.make_env(
+            self.args.task,
+            render_mode=render_mode,
+            episode_limit=self.args.episode_limit,
+            env_args=self.recorded_world,
+        )
+
+    def make_eval_env(self, render_mode: str | None = None) -> gymnasium.Env:
+        """Build the environment that evaluates."""
+        return self.make_env(render_mode)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a resumed run must find unchanged, besides its arguments."""
+        return {}
+
+    @functools.cached_property
+    def recorded_world(self) -> dict | None:
+        """The simulator's settings in a data file that was not made here, None otherwise."""
+        args = self.args
+        if args.data is None:
+            return None
+        if Path(args.data) == demos.made(args.task, args.demo_episodes, args.seed):
+            return None
+        with user_errors():
+            return demos.env_args(args.data, args.task)
 
 
-def resolve_preset(preset):
+def resolve_preset(preset: str) -> tuple[str, str]:
+    """Return the preset that "auto" stands for on this machine, and why."""
     if preset != "auto":
         return preset, "as asked"
     if torch.cuda.is_available():
@@ -114,285 +263,303 @@ def resolve_preset(preset):
     return "cpu", "no GPU found"
 
 
-# The numbers, of every method, that need not be above 0 or may be infinite, and those that may be anything finite.
-LEAST = dict(temperature=1e-6, clip=0.0, guidance=0.0, pessimism=0.0, rollouts=0, threads=0, seed=0, pretrain_steps=0,
-             warmup_steps=0, ratio_clip=1e-9, target_kl=1e-9, alpha=0.0, subset=0, bc_weight=0.0, chi2=0.0, entropy=0.0,
-             gae_lambda=0.0)
-FREE = ("reward_offset", "target_entropy")
-
-
-def validate(args):
-    """Refuse what could only fail later, after something was written."""
-    check_numbers(args, LEAST, FREE)
-    if getattr(args, "min_std", 0) > getattr(args, "max_std", math.inf):
-        raise UserError(f"--min-std must be at most --max-std, got {args.min_std} and {args.max_std}")
-    if getattr(args, "capacity", args.horizon) < args.horizon:
-        raise UserError(f"--capacity {args.capacity} cannot hold one chunk of --horizon {args.horizon} steps")
-    if getattr(args, "checkpoint", None) and args.setting == "online":
-        raise UserError("--setting online begins with an untrained policy: leave out --checkpoint")
-    if getattr(args, "ray", None) and not args.rollouts:
-        raise UserError("--ray needs the number of its workers: --rollouts N")
-
-
-def keep_memory():
-    """Let the C library keep freed memory instead of returning it: activations would be mapped anew in every update.
-
-    A fifth of an update on a processor. glibc only; elsewhere nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, 32 << 20)        # M_MMAP_THRESHOLD: its highest value; larger blocks are still mapped one by one
-        mallopt(-1, 1 << 30)         # M_TRIM_THRESHOLD: free bytes kept at the end of the heap
-
-
-def setup(args):
-    """Device, precision and seeds, said aloud. Returns the device."""
-    validate(args)
-    preset, why = resolve_preset(args.preset)
+def setup(args: Any) -> torch.device:
+    """Choose and print preset, device, precision and seed. Returns the device."""
+    args.preset, why = resolve_preset(args.preset)
     device = usable_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.precision == "auto":
-        fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-        args.precision = "bfloat16" if fast else "float32"
-    args.preset = preset
-    keep_memory()
+        fast_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        args.precision = "bfloat16" if fast_cpu or device.type == "cuda" else "float32"
+    keep_freed_memory()
     torch.manual_seed(args.seed)
-    print(f"task {args.task}, preset {preset} ({why}), {device.type}, {args.precision}, "
-          f"{torch.get_num_threads()} threads, seed {args.seed}", flush=True)
+    print(
+        f"task {args.task}, preset {args.preset} ({why}), {device.type}, {args.precision}, "
+        f"{torch.get_num_threads()} threads, seed {args.seed}",
+        flush=True,
+    )
     return device
 
 
-# ---- what both stages share ------------------------------------------------------------------------------------------
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory, which saves a fifth of an update on a CPU.
 
-class Acting:
-    """policy(obs (1, D), rng) -> chunk (H, A): the callable that the environments run. Picklable, noise from `rng`.
-
-    Without a critic it is a draw from the policy. With one it is a draw from the particle posterior: the E-step used
-    for acting, candidates weighed by the critic (ours).
+    Otherwise every update maps its activations anew. glibc only; elsewhere nothing happens.
     """
-
-    def __init__(self, policy, critic=None, num_candidates=1, temperature=1.0, pessimism=0.0):
-        self.policy, self.critic, self.temperature, self.pessimism = policy, critic, temperature, pessimism
-        self.num_candidates = num_candidates if critic is not None else 1
-
-    def to(self, device):
-        """Move the networks, which a worker process wants on the CPU."""
-        self.policy.to(device)
-        if self.critic is not None:
-            self.critic.to(device)
-        return self
-
-    @torch.no_grad()
-    def __call__(self, obs, rng):
-        policy, n = self.policy, self.num_candidates
-        obs = torch.as_tensor(obs, device=policy.obs_mean.device)
-        noise = rng.standard_normal((1, n, policy.horizon, policy.action_dim), dtype=np.float32)
-        chunks = policy.sample(policy.encode(obs), n, noise=torch.as_tensor(noise, device=obs.device))   # (1, n, H, A)
-        pick = 0
-        if self.critic is not None:
-            q = aggregate(self.critic(obs, chunks), self.pessimism)                                          # (1, n)
-            weights = posterior_weights(q, self.temperature)[0].cpu().double().numpy()      # MPS has no float64
-            pick = rng.choice(n, p=weights / weights.sum())
-        return chunks[0, pick].cpu().numpy()
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD at its highest: only larger blocks are mapped singly
+    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: free bytes kept at the end of the heap
 
 
-@plainly()
-def demonstrations(args):
-    """Transitions as arrays; args.data then names their file."""
-    path = demos.obtain(args.task, args.preset, args.data, args.demo_episodes, args.seed, args.workers)
-    args.data = str(path)
-    data, world = demos.load(path, args.task, args.demo_episodes), environment(args)
-    if world["env_args"]:
-        envs.make_env(args.task, **world).close()            # refuses another simulator's file now, not after stage I
-    return data
+def adam(parameters, rate: float) -> torch.optim.Adam:
+    """Build an Adam whose rate is this run's, also after it is loaded from a checkpoint."""
+    parameters = list(parameters)
+    fused = parameters[0].device.type != "mps"
+    return keep_rate(torch.optim.Adam(parameters, lr=rate, fused=fused))
 
 
-@plainly()
-def environment(args):
-    """Arguments of make_env and Evaluator: with the simulator's settings of a file that was not made here."""
-    own = args.data is None or Path(args.data) == demos.made(args.task, args.demo_episodes, args.seed)
-    return {"episode_limit": args.episode_limit, "env_args": None if own else demos.env_args(args.data, args.task)}
+def minimise(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
 
 
-def make_policy(args, device, data=None):
-    """An untrained policy; with demonstrations it standardises observations by their statistics."""
-    task = envs.TASKS[args.task]
-    policy = FlowPolicy(task.obs_dim, task.action_dim, args.horizon, args.hidden, args.layers, args.flow_steps)
-    if data is not None and args.normalize:
-        obs = torch.as_tensor(data["obs"])
-        std = obs.std(0)          # what hardly moves in the demonstrations, a cube to be left alone, may move later
-        policy.set_normalizer(obs.mean(0), std.clamp(min=max(1e-3, 0.1 * std.median().item())))
-    return policy.to(device)
-
-
-def run_evaluation(evaluator, acting, episodes, where="evaluation", left="No result was written"):
-    """EvalResult of the first `episodes` evaluation seeds."""
+def run_evaluation(
+    evaluator: envs.Evaluator,
+    acting: Callable,
+    episodes: int,
+    advice: str = "No result was written",
+) -> envs.EvalResult:
+    """Evaluate on the first `episodes` evaluation seeds. Raises UserError if an episode fails."""
     try:
         return evaluator.run(acting.to("cpu"), episodes, EVAL_SEED)
-    except (ValueError, RuntimeError, ImportError) as error:     # a non-finite action, a dead worker, another simulator
-        raise UserError(f"{where}: {error}. {left}") from error
+    except (ValueError, RuntimeError, ImportError) as error:  # a non-finite action, a dead worker
+        raise UserError(f"the evaluation failed: {error}. {advice}") from error
 
 
-def record_result(book, step, acting, result):
-    rows = zip(result.seed, result.success, result.length, result.episode_return)
-    book.evaluation(step, acting, [dict(zip(("seed", "success", "length", "return"), row)) for row in rows])
+def record_result(book: Logbook, step: int, acting: str, result: envs.EvalResult) -> None:
+    """Write one row of eval.csv per episode."""
+    columns = zip(result.seed, result.success, result.length, result.episode_return)
+    names = ("seed", "success", "length", "return")
+    book.evaluation(step, acting, [dict(zip(names, row)) for row in columns])
 
 
-def video(args, acting, folder):
-    """Four evaluation episodes as folder/policy.mp4."""
+def video(simulation: Simulation, acting: Callable, folder: Path) -> None:
+    """Record four evaluation episodes as folder/policy.mp4."""
+    path = folder / "policy.mp4"
     try:
-        envs.record(acting.to("cpu"), args.task, folder / "policy.mp4", 4, EVAL_SEED, **environment(args))
+        envs.record(acting.to("cpu"), simulation.make_env, path, episodes=4, seed=EVAL_SEED)
     except (ImportError, RuntimeError, OSError) as error:
         raise UserError(f"no video, everything else in {folder} is complete: {error}") from error
-    print(f"{folder}/policy.mp4")
+    print(path)
 
 
-EVAL_SEED = 1_000_000     # evaluation episodes are the same for every run and method; training never draws these seeds
+# ---- stage I -------------------------------------------------------------------------------------
+
+COLUMNS = ["bc", "updates_per_s", "time/update"]
 
 
-# ---- stage I ---------------------------------------------------------------------------------------------------------
+def cloning_loss(policy, batch: Batch) -> Tensor:
+    """Compute the flow-matching loss of replayed chunks, masked where their episodes end."""
+    context = policy.encode(batch.obs)
+    return policy.cfm_loss(context, batch.chunk.unsqueeze(1), batch.valid).mean()  # Eq. 24
 
-def pretrain(args, data, device, book, state=None):
-    """Minimise Eq. 24 on the demonstrations. Returns the policy, or None if the user interrupted."""
-    torch.manual_seed(args.seed)
-    capacity, sizes = max(len(data["obs"]), args.horizon), (data["obs"].shape[1], data["action"].shape[1])
-    replay = ChunkReplay(capacity, *sizes, args.horizon, 1.0, device)
-    replay.extend(data)
-    policy = make_policy(args, device, data)
-    optimizer = torch.optim.Adam(policy.head_parameters(), lr=args.learning_rate, fused=device.type != "mps")
-    generator = torch.Generator(device).manual_seed(args.seed)
-    start, clock, total, summed = 0, Clock(), torch.zeros((), device=device), 0       # the loss since the last row
-    timed, seconds = 0, 0.0                                                      # the updates and their time since then
-    if state is not None:
-        with fitting(book.folder):
-            policy.load_state_dict(state["policy"])
-            optimizer.load_state_dict(state["optimizer"])
-            generator.set_state(state["generator"])
-            restore_noise(state["torch_rng"], device)
-            start, total, summed = state["step"], state["loss"].to(device), state["summed"]
-            if "seconds" in state:                                               # older checkpoints do not tell
-                timed, seconds = summed, state["seconds"]
 
-    def save(step):
-        refuse_nonfinite(policy.state_dict(), "policy", f"before step {step}; {book.last_good()}. Check the "
-                         "demonstrations, or lower --learning-rate")
-        book.save("last.pt", {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
-                              "generator": generator.get_state(), "torch_rng": noise_state(device),
-                              "loss": total, "summed": summed, "seconds": seconds})
+class Cloning:
+    """Policy, optimiser and demonstrations of stage I, and all that resuming it needs."""
 
-    if args.pretrain_steps == 0:
-        save(0)
-    every = max(args.pretrain_steps // 20, 1)
-    with Interrupt() as interrupt, Progress("stage I", args.pretrain_steps, every, start, start, "steps") as bar:
-        for step in range(start + 1, args.pretrain_steps + 1):
+    def __init__(self, args: Any, policy: nn.Module, data: dict, device: torch.device):
+        steps, obs_dim = data["obs"].shape
+        self.args = args
+        self.policy = policy
+        self.optimizer = adam(policy.head_parameters(), args.learning_rate)
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.replay = ChunkReplay(
+            max(steps, args.horizon), obs_dim, data["action"].shape[1], args.horizon, 1.0, device
+        )
+        self.replay.extend(data)
+        self.step = 0
+        self.loss = torch.zeros((), device=device)  # summed since the last row of progress.csv
+        self.seconds = 0.0  # since then
+
+    def update(self) -> None:
+        batch = self.replay.sample(self.args.batch_size, self.generator)
+        loss = cloning_loss(self.policy, batch)
+        minimise(loss, self.optimizer)
+        self.loss += loss.detach()
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "policy": self.policy.state_dict(),
+            "sizes": self.policy.sizes(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch_rng": noise_state(self.replay.device),
+            "loss": self.loss,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        restore_noise(state["torch_rng"], self.replay.device)
+        self.step = state["step"]
+        self.loss = state["loss"].to(self.replay.device)
+        self.seconds = state["seconds"]
+
+
+def pretrain(cloning: Cloning, book: Logbook) -> bool:
+    """Minimise Eq. 24 for pretrain_steps. Returns False if the user interrupted."""
+    total = cloning.args.pretrain_steps
+    every = max(total // 20, 1)
+    clock = Clock()
+    if total == 0:
+        save_cloning(cloning, book)
+    start = cloning.step
+    with (
+        Interrupt() as interrupt,
+        Progress("stage I", total, every, start, start, "steps") as bar,
+    ):
+        while cloning.step < total:
             with clock("update"):
-                batch = replay.sample(args.batch_size, generator)
-                loss = policy.cfm_loss(policy.encode(batch.obs), batch.chunk[:, None], batch.valid).mean()   # Eq. 24
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                total, summed, timed = total + loss.detach(), summed + 1, timed + 1
-            report, stop = step % every == 0 or step == args.pretrain_steps, interrupt.stop
-            if report or stop:
-                seconds += clock.split()["update"]
-            if report:
-                mean = total.item() / summed
-                if not np.isfinite(mean):
-                    raise UserError(f"the loss became {mean} before step {step}; {book.last_good()}. Check the "
-                                    "demonstrations, or lower --learning-rate")
-                book.log(step, bc=mean, updates_per_s=timed / seconds, **{"time/update": seconds})
-                total, summed, timed, seconds = torch.zeros_like(total), 0, 0, 0.0
-            if report or stop:
-                save(step)
+                cloning.update()
+            step = cloning.step
+            row_due = step % every == 0 or step == total
+            stop = interrupt.stop  # read once: a signal may arrive at any moment
+            if row_due or stop:
+                cloning.seconds += clock.split()["update"]
+            if row_due:
+                log_cloning(cloning, book, since=(step - 1) // every * every)
+            if row_due or stop:
+                save_cloning(cloning, book)
             bar.update(step, step)
-            if stop:
+            if stop and step < total:
                 print(f"stage I saved at step {step} in {book.folder}")
-                return None
-    return policy
+                return False
+    return True
 
 
-def stage_one(args, device, data=None):
-    """The policy and logbook of the run folder's stage I, trained or finished first if need be. None if interrupted.
+def log_cloning(cloning: Cloning, book: Logbook, since: int) -> None:
+    """Write a row of progress.csv with the mean loss since that step."""
+    count = cloning.step - since
+    mean = cloning.loss.item() / count
+    if not math.isfinite(mean):
+        raise UserError(
+            f"the loss became {mean} before step {cloning.step}; {book.last_good()}. Check the "
+            "demonstrations, or lower --learning-rate"
+        )
+    rate = count / cloning.seconds
+    book.log(cloning.step, bc=mean, updates_per_s=rate, **{"time/update": cloning.seconds})
+    cloning.loss.zero_()
+    cloning.seconds = 0.0
 
-    data: the demonstrations, where stage II has read them already; errors then name stage II's flags.
+
+def save_cloning(cloning: Cloning, book: Logbook) -> None:
+    state = cloning.state_dict()
+    advice = "Check the demonstrations, or lower --learning-rate"
+    when = f"before step {cloning.step}; {book.last_good()}. {advice}"
+    refuse_nonfinite(state["policy"], "policy", when)
+    book.save("last.pt", state)
+
+
+def cloning_folder(args: Any, name: str) -> Path:
+    """Return stage I's run folder. Other settings get one beside it, named by their digest."""
+    plain = Path(f"runs/{args.task}-{name}-s{args.seed}")
+    if not (plain / "args.json").is_file():
+        return plain
+    stored = read_args(plain)
+    wanted = {field: getattr(args, field) for field in args.cloning_settings}
+    if all(stored.get(field) == value for field, value in wanted.items()):
+        return plain
+    text = json.dumps(wanted, sort_keys=True)
+    return plain.with_name(f"{plain.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+
+
+def stage_one(
+    args: Any, simulation: Simulation, device: torch.device, data: dict | None = None
+) -> tuple[nn.Module, Logbook] | None:
+    """Train, finish or find stage I. Returns the policy and its logbook, None if interrupted.
+
+    data: the demonstrations, where stage II has read them already.
     """
     within_stage_two = data is not None
-    chunks = f"-h{args.horizon}" if args.horizon != Args.horizon else ""         # another policy, another run
-    folder = Path(args.resume or args.run_dir or f"runs/{args.task}-bc{chunks}-s{args.seed}")
-    data, state = data if within_stage_two else demonstrations(args), None
-    stored = dataclasses.asdict(args) | {"method": "bc"}
-    if args.resume or ((folder / "last.pt").is_file() and not args.overwrite):
-        book = Logbook.resume(folder, COLUMNS, task=args.task, method="bc")
-        same = ("data", "demo_episodes", "horizon", "hidden", "layers", "flow_steps", "batch_size", "learning_rate",
-                "normalize", "pretrain_steps", "seed")
-        changed = [name for name in same if book.args.get(name) != stored[name]
-                   and not (args.resume and name == "pretrain_steps")]           # resuming may train for longer
-        if changed:
-            raise UserError(f"{folder} was trained with another {', '.join(changed)}: " + (
-                "remove it, or train one beside it with train_offline.py --run-dir DIR and give --checkpoint DIR here"
-                if within_stage_two else
-                "choose another folder with --run-dir DIR or replace it with --overwrite"))
-        state = book.load("last.pt")
-        with fitting(folder):
-            check_end(folder, state["step"], args, "pretrain_steps")
-            book.rewind(state["step"])
-        if state["step"] < args.pretrain_steps or not within_stage_two:          # a finished one is evaluated anew
-            book.amend(stored)
-        print(f"{folder}: stage I at step {state['step']} of {args.pretrain_steps}", flush=True)
+    if data is None:
+        data = simulation.demonstrations()
+    if within_stage_two:
+        folder = cloning_folder(args, simulation.stage_one)
     else:
-        book = Logbook.create(folder, stored, COLUMNS, overwrite=args.overwrite)
-    policy = pretrain(args, data, device, book, state)
+        given = args.resume or args.run_dir
+        folder = Path(given) if given else cloning_folder(args, simulation.stage_one)
+    resumed = args.resume if not within_stage_two else None
+    overwrite = args.overwrite and not within_stage_two
+    stored = dataclasses.asdict(args) | simulation.identity() | {"method": simulation.stage_one}
+    if within_stage_two:
+        stored |= {"run_dir": None, "resume": None, "overwrite": False}
+    torch.manual_seed(args.seed)
+    cloning = Cloning(args, simulation.make_policy(device, data), data, device)
+    if resumed or ((folder / "last.pt").is_file() and not overwrite):
+        book = resume_cloning(args, folder, cloning, stored, resumed is not None)
+        if cloning.step < args.pretrain_steps or not within_stage_two:
+            book.amend(stored)
+        print(f"{folder}: stage I at step {cloning.step} of {args.pretrain_steps}", flush=True)
+    else:
+        book = Logbook.create(folder, stored, COLUMNS, overwrite=overwrite)
+    finished = pretrain(cloning, book)
     book.close()
-    if policy is None:
-        print("the same command goes on from there" if within_stage_two else f"continue with --resume {folder}")
+    if not finished:
+        hint = "the same command" if within_stage_two else f"--resume {folder}"
+        print(f"continue with {hint}")
         return None
-    return policy, book
+    return cloning.policy, book
 
 
-def load_policy(args, device, data):
-    """The policy of stage II's start: untrained (online), from args.checkpoint, or trained now. None if interrupted."""
-    if args.setting == "online":
-        return make_policy(args, device, data)
-    if args.checkpoint is None:
-        offline = Args(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Args)})
-        offline.run_dir, offline.resume, offline.overwrite = None, None, False
-        done = stage_one(offline, device, data)
-        return None if done is None else done[0]
-    policy = make_policy(args, device)
-    with fitting(args.checkpoint, "use the same --task, --preset, --hidden, --layers and --horizon in both stages"):
-        policy.load_state_dict(load_checkpoint(args.checkpoint)["policy"])
+def resume_cloning(
+    args: Any, folder: Path, cloning: Cloning, stored: dict[str, Any], longer: bool
+) -> Logbook:
+    """Load an earlier stage I into `cloning`; longer: it may train for more steps than before."""
+    book = Logbook.resume(folder, COLUMNS, task=args.task, method=stored["method"])
+    for name in args.cloning_settings:
+        if longer and name == "pretrain_steps":
+            continue
+        if book.args.get(name) != stored[name]:
+            raise UserError(
+                f"{folder} was trained with another {name}, {book.args.get(name)}: choose another "
+                "folder with --run-dir DIR, or replace it with --overwrite"
+            )
+    with must_fit(folder):
+        cloning.load_state_dict(book.load("last.pt"))
+        check_end(folder, cloning.step, args, "pretrain_steps")
+        book.rewind(cloning.step)
+    return book
+
+
+def load_cloned(path: str | Path, simulation: Simulation, device: torch.device) -> nn.Module:
+    """Load stage I's policy from a checkpoint or a run folder."""
+    policy = simulation.make_policy(device)
+    advice = "use the same --task, --preset, --hidden, --layers and --horizon in both stages"
+    with must_fit(path, advice):
+        policy.load_state_dict(load_checkpoint(path)["policy"])
     return policy
 
 
-def evaluate(args, policy):
-    with envs.Evaluator(args.task, args.workers, **environment(args)) as evaluator:
+def evaluate(args: Any, simulation: Simulation, policy: nn.Module) -> envs.EvalResult:
+    with envs.Evaluator(simulation.make_eval_env, args.workers) as evaluator:
         result = run_evaluation(evaluator, Acting(policy), args.eval_episodes)
     print(f"behaviour cloning: success {result}")
     return result
 
 
-def main(argv=None):
-    args = parse(Args, argv)
+def main(argv: list[str] | None = None) -> None:
+    args = parse(Args, argv, method=Simulation.stage_one)
     device = setup(args)
+    simulation = Simulation(args)
     if args.eval:
-        read_args(args.eval, method="bc")
-        policy = make_policy(args, device)
-        with fitting(args.eval):
-            policy.load_state_dict(load_checkpoint(args.eval)["policy"])
-        evaluate(args, policy)
-        if args.video:
-            video(args, Acting(policy), Path(args.eval))
-        return
-    done = stage_one(args, device)
-    if done is None:
-        return
-    policy, book = done
-    result = evaluate(args, policy)
-    record_result(book, args.pretrain_steps, "policy", result)
-    print(f"{curve(book.folder)}; next: python train_online.py --task {args.task} --checkpoint {book.folder}/last.pt")
+        policy = load_cloned(args.eval, simulation, device)
+        evaluate(args, simulation, policy)
+        folder = Path(args.eval)
+    else:
+        done = stage_one(args, simulation, device)
+        if done is None:
+            return
+        policy, book = done
+        result = evaluate(args, simulation, policy)
+        record_result(book, args.pretrain_steps, "policy", result)
+        folder = book.folder
+        print(
+            f"{curve(folder)}; next: python train_online.py --task {args.task} "
+            f"--checkpoint {folder}/last.pt"
+        )
     if args.video:
-        video(args, Acting(policy), book.folder)
+        video(simulation, Acting(policy), folder)
 
 
 if __name__ == "__main__":
