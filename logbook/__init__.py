@@ -2,7 +2,7 @@
 
     from logbook import Logbook, UserError, cli, curve, load_checkpoint, save_checkpoint       # this file, and others
     from logbook import Clock, Interrupt, Progress                                             # console.py
-    from logbook import check_end, check_kept, check_numbers, plainly, usable_device           # errors.py
+    from logbook import check_end, must_fit, usable_device, user_errors                       # errors.py
     from logbook import Report                                                                 # report.py
 
     book = Logbook.create("runs/lift-poco-s0", args, columns=["success", "time/env"])
@@ -32,12 +32,16 @@ import numpy as np
 import torch
 
 from .console import Clock, Interrupt, Progress       # noqa: F401, offered here so that one import is enough
-from .errors import UserError, check_end, check_kept, check_numbers, cli, plainly, reason, usable_device  # noqa: F401
+from .errors import (                                 # noqa: F401
+    UserError, check_end, check_kept, check_numbers, cli, must_fit, reason, usable_device, user_errors)
+from .intervals import wilson                         # noqa: F401
 from .report import Report                            # noqa: F401
 
-VERSION = 1                                           # of a checkpoint: raise it when old ones are no use
+VERSION = 2                                           # of a checkpoint: raise it when old ones are no use
 EVAL_COLUMNS = ["step", "acting", "seed", "success", "length", "return"]
 RUN_FILES = ["args.json", "progress.csv", "eval.csv", "last.pt", "best.pt", "curve.png"]
+
+fitting, plainly = must_fit, user_errors             # names of files that are still to be rewritten
 
 
 @contextlib.contextmanager
@@ -124,15 +128,6 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path} is a checkpoint of version {state['version']}, "
                         f"this code reads version {VERSION}")
     return state
-
-
-@contextlib.contextmanager
-def fitting(path, advice="leave out the flags that change its networks or its replay"):
-    """Around load_state_dict: what a checkpoint does not fit is the user's to repair."""
-    try:
-        yield
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit this run ({str(error).splitlines()[-1].strip()}): {advice}") from error
 
 
 def keep_rate(optimizer):
@@ -293,7 +288,7 @@ class Logbook:
         """Forget every row after `step`, so that a killed and resumed run leaves no row twice."""
         for name, header in (("progress.csv", self.columns), ("eval.csv", EVAL_COLUMNS)):
             # a row cut short by a kill has too few cells; it is from after the checkpoint anyway
-            with fitting(self.folder / name, "put it right, or start a new run"):
+            with must_fit(self.folder / name, "put it right, or start a new run"):
                 rows = [row for row in _read_csv(self.folder / name)[1:]
                         if len(row) == len(header) and float(row[0]) <= step]
             with _writing(self.folder / name):

@@ -1,6 +1,6 @@
 """Mistakes the user can repair: one sentence on stderr, exit code 2, no traceback.
 
-    from logbook import UserError, check_end, check_kept, check_numbers, cli, plainly, usable_device
+    from logbook import UserError, check_end, check_kept, check_numbers, cli, must_fit, usable_device, user_errors
 
 Not here: what a particular script refuses besides.
 """
@@ -52,12 +52,21 @@ def usable_device(name, mps=True):
 
 
 @contextlib.contextmanager
-def plainly():
+def user_errors():
     """Around files and simulators, whose errors say themselves what is wrong and what to do."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UserError(str(error)) from error
+
+
+@contextlib.contextmanager
+def must_fit(path, advice="leave out the flags that change its networks or its replay"):
+    """Around load_state_dict: what a checkpoint does not fit is the user's to repair."""
+    try:
+        yield
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit this run ({str(error).splitlines()[-1].strip()}): {advice}") from error
 
 
 def check_kept(folder, args, begun, names):

@@ -12,24 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from . import UserError, _writing, fitting, read_args, replacing
+from . import UserError, _writing, must_fit, read_args, replacing, wilson
 
 COLORS = {"policy": "#0072b2", "posterior": "#d55e00"}      # Okabe-Ito: colour-blind eyes tell them apart
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 
 
-def wilson(successes, episodes, z=1.96):
-    """95 % Wilson interval of a success rate: honest near 0 and 1, where the usual +-1.96 s.e. is not."""
-    rate, shrink = successes / episodes, 1 + z * z / episodes
-    center = (rate + z * z / (2 * episodes)) / shrink
-    half = z / shrink * math.sqrt(rate * (1 - rate) / episodes + z * z / (4 * episodes ** 2))
-    return min(rate, center - half), max(rate, center + half)        # min, max: rounding at 0 and at 1
-
-
 def read_run(folder):
     """(running success as [(step, share)], evaluations as {acting: {step: (successes, episodes)}})"""
     running, evaluations = [], {}
-    with fitting(f"{folder}/progress.csv or eval.csv", "put it right"):
+    with must_fit(f"{folder}/progress.csv or eval.csv", "put it right"):
         for row in _rows(folder, "progress.csv"):
             if row.get("success") and math.isfinite(float(row["success"])):
                 running.append((float(row["step"]), float(row["success"])))

@@ -1,6 +1,6 @@
 """logbook: what it writes survives kills, full disks and resumes; what it reads is checked first.
 
-    python -m pytest tests/test_logbook.py
+    python -m pytest tests/training/test_logbook.py
 """
 import contextlib
 import csv
@@ -21,7 +21,7 @@ import torch
 
 import logbook
 from logbook import VERSION, Logbook, UserError, check_numbers, cli, curve, load_checkpoint, save_checkpoint
-from logbook.figure import wilson
+from logbook import wilson
 
 ARGS = {"task": "lift", "method": "poco", "seed": 0, "preset": "cpu", "clip": float("inf")}
 COLUMNS = ["success", "q/mean", "time/env"]

@@ -1,6 +1,6 @@
 """logbook, what a loop needs around it: signals that save first, where the time goes, the progress line, means.
 
-    python -m pytest tests/test_console.py
+    python -m pytest tests/training/test_console.py
 """
 import csv
 import os
@@ -13,7 +13,6 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.speed import finish
 from logbook import Clock, Interrupt, Logbook, Progress, Report
 
 
@@ -83,6 +82,7 @@ def test_clock_counts_every_second_once(monkeypatch):
 
 
 def test_the_benchmarks_clock_charges_a_gpus_work_to_the_phase_that_asked_for_it(monkeypatch):
+    from benchmarks.speed import finish
     now, asked = [0.0], [0.0]                        # a GPU that works while somebody waits for it
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: (now.append(now.pop() + asked.pop()), asked.append(0.0)))
