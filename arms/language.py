@@ -86,5 +86,5 @@ def head(args, task):
     heads = max(args.channels // 32, 1)
     if args.channels % math.lcm(heads, 2):
         raise UserError(f"--channels must be even, from 64 on a multiple of 32, got {args.channels}")
-    return VLAFlowHead(None, length, width, task.obs_dim - length * width, task.action_dim, args.horizon, args.channels,
+    return VLAFlowHead(length, width, task.obs_dim - length * width, task.action_dim, args.horizon, args.channels,
                        args.blocks, heads, args.flow_steps)
