@@ -1,7 +1,8 @@
-"""The rules that keep the files readable and copyable: who imports whom, what each file needs,
-tags, sizes, layout.
+"""The rules that keep the files readable and copyable: imports, the layout, tags, one update.
 
-python -m pytest tests/test_rules.py
+    python -m pytest tests/method/test_rules.py
+
+Not here: style (ruff, `make lint`).
 """
 
 import ast
@@ -17,45 +18,35 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 METHOD = ("poco", "flow_policy", "chunk_critic", "replay")
-# Imports point downwards, or sideways above the ground floor; the ground floor imports no project
-# file at all.
+# Imports point downwards, or sideways above the ground floor, whose files import no project file.
 FLOORS = (
-    {*METHOD, "logbook", "envs"},
-    {"arms", "demos", "distributed", "vla_head", "robot"},
-    {"train_offline", "train_online", "baselines", "benchmarks"},
+    {*METHOD, "logbook", "simulators"},
+    {"envs"},
+    {"demos"},
+    {"train_offline"},
+    {"train_online"},
+    {"vla_head", "arms", "distributed"},
+    {"robot", "baselines"},
+    {"benchmarks", "course", "examples"},
 )
 PROJECT = set.union(*FLOORS)
+# Options that load something from above, inside a function: --rollouts, --ray and --graph.
+UPWARDS = {"train_online": {"distributed"}}
 SIMULATORS = {"robosuite", "robomimic", "mujoco", "ogbench", "dm_control"}
-LAYOUT = [
-    "poco.py",
-    "flow_policy.py",
-    "chunk_critic.py",
-    "replay.py",
+TOP_LEVEL = {f"{name}.py" for name in METHOD} | {
     "envs.py",
     "robot.py",
     "vla_head.py",
     "train_offline.py",
     "train_online.py",
-    "tests",
-    "demos",
-    "logbook",
-    "baselines",
-    "arms",
-    "distributed",
-    "benchmarks",
-    "README.md",
-    "requirements.txt",
-    "Makefile",
-    "LICENSE",
-    ".ci/run",
-]
-PENDING = set()  # skipped until they exist
+}
+PACKAGES = {"tests", "runs", "data"} | {name for name in PROJECT if (ROOT / name).is_dir()}
 
 TOP = sorted(ROOT.glob("*.py"))
 SOURCES = TOP + sorted(path for name in PROJECT for path in (ROOT / name).rglob("*.py"))
-ALL = SOURCES + sorted((ROOT / "tests").glob("*.py"))
+ALL = SOURCES + sorted((ROOT / "tests").rglob("*.py"))
 
 
 def module(path):
@@ -64,8 +55,7 @@ def module(path):
 
 
 def imports(path, everywhere=True):
-    """Top-level names imported by a file; with everywhere=False only those that importing the file
-    itself imports."""
+    """Return the top-level names a file imports; everywhere=False: when it is imported itself."""
     nodes, names = [ast.parse(path.read_text(encoding="utf-8"))], set()
     while nodes:
         node = nodes.pop()
@@ -85,43 +75,60 @@ def identifier(path):
 @pytest.mark.parametrize("path", SOURCES, ids=identifier)
 def test_imports_point_downwards(path):
     floor = next(i for i, names in enumerate(FLOORS) if module(path) in names)
-    used = imports(path) & PROJECT - {module(path)}
     allowed = set().union(*FLOORS[: floor + 1]) if floor else set()
-    assert used <= allowed, f"{path.name} must not import {used - allowed}"
-    assert "tests" not in imports(path) and "conftest" not in imports(path)
+    used = imports(path) & PROJECT - {module(path)}
+    late = UPWARDS.get(module(path), set())
+    assert used <= allowed | late, f"{path.name} must not import {used - allowed}"
+    assert imports(path, everywhere=False) & PROJECT - {module(path)} <= allowed
+    assert not {"tests", "conftest"} & imports(path)
 
 
 def test_no_two_modules_import_each_other():
     graph = {}
     for path in SOURCES:
-        graph.setdefault(module(path), set()).update(
-            imports(path, everywhere=False) & PROJECT - {module(path)}
-        )
-    assert len(tuple(TopologicalSorter(graph).static_order())) >= len(
-        METHOD
-    )  # CycleError otherwise
+        used = imports(path, everywhere=False) & PROJECT - {module(path)}
+        graph.setdefault(module(path), set()).update(used)
+    order = tuple(TopologicalSorter(graph).static_order())  # CycleError otherwise
+    assert len(order) >= len(METHOD)
 
 
 @pytest.mark.parametrize("name", METHOD)
 def test_a_method_file_needs_torch_only(name):
-    """The standard library and torch, numpy in the replay; the demo loads matplotlib when it
-    draws."""
-    path, extra = ROOT / f"{name}.py", {"numpy"} if name == "replay" else set()
-    assert imports(path, everywhere=False) - sys.stdlib_module_names == {"torch"} | extra
-    assert imports(path) - sys.stdlib_module_names <= {"torch"} | extra | (
-        {"matplotlib"} if name == "poco" else set()
-    )
+    """The standard library and torch, numpy in the replay, matplotlib when the demo draws."""
+    path = ROOT / f"{name}.py"
+    needed = {"torch", "numpy"} if name == "replay" else {"torch"}
+    late = {"matplotlib"} if name == "poco" else set()
+    assert imports(path, everywhere=False) - sys.stdlib_module_names == needed
+    assert imports(path) - sys.stdlib_module_names <= needed | late
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=identifier)
-def test_simulators_are_imported_inside_functions_of_envs(path):
-    """So that no other file needs one, and `import envs` needs none."""
+def test_simulators_are_imported_when_an_environment_is_built(path):
+    """So `import envs` needs no simulator, and a method file never does."""
     assert not imports(path, everywhere=False) & SIMULATORS
-    assert (
-        path.name == "envs.py"
-        or module(path) in ("arms", "demos")
-        or not imports(path) & SIMULATORS
+    if module(path) not in ("simulators", "arms", "demos", "benchmarks"):
+        assert not imports(path) & SIMULATORS
+
+
+def calls(path, name):
+    """Count the calls of a function of this name in a file."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    functions = [node.func for node in nodes if isinstance(node, ast.Call)]
+    return sum(
+        (isinstance(one, ast.Name) and one.id == name)
+        or (isinstance(one, ast.Attribute) and one.attr == name)
+        for one in functions
     )
+
+
+@pytest.mark.parametrize("name", ["e_step", "m_step_loss"])
+def test_the_update_is_written_once(name):
+    """The E-step and the M-step are called in train_online.POCO.update and nowhere else."""
+    elsewhere = ("poco", "baselines", "course", "examples", "benchmarks")
+    files = [path for path in SOURCES if module(path) not in elsewhere]
+    assert {path.name: calls(path, name) for path in files if calls(path, name)} == {
+        "train_online.py": 1
+    }
 
 
 ALONE = {
@@ -137,7 +144,8 @@ class Policy(torch.nn.Module):
         return (actions - self.mean).square().mean((-2, -1))
 policy, context = Policy(), torch.zeros(4, 1)
 candidates, weights, stats = poco.e_step(policy, lambda _, a: a.sum((-2, -1)), context, 32, 0.1)
-loss, _ = poco.m_step_loss(policy, context, torch.zeros(4, 2, 3), None, candidates, weights, 1.0, 10.0)
+chunk = torch.zeros(4, 2, 3)
+loss, _ = poco.m_step_loss(policy, context, chunk, None, candidates, weights, 1.0, 10.0)
 loss.backward()
 assert policy.mean.grad.mean() < 0 and candidates.shape == (4, 32, 2, 3)        # descent raises Q
 """,
@@ -164,7 +172,8 @@ import numpy as np
 from replay import ChunkReplay
 replay = ChunkReplay(capacity=100, obs_dim=19, action_dim=7, horizon=5, discount=0.99)
 flags = dict(reward=np.zeros(9), terminated=np.zeros(9), truncated=np.zeros(9))
-replay.extend(dict(obs=np.zeros((9, 19)), action=np.zeros((9, 7)), next_obs=np.zeros((9, 19)), **flags))
+states = dict(obs=np.zeros((9, 19)), next_obs=np.zeros((9, 19)))
+replay.extend(dict(action=np.zeros((9, 7)), **states, **flags))
 replay.add(np.zeros(19), np.zeros(7), 1.0, np.zeros(19), True, False)
 assert replay.sample(256).chunk.shape == (256, 5, 7)
 """,
@@ -186,16 +195,13 @@ def test_a_method_file_works_alone_in_an_empty_folder(name, tmp_path):
 
 
 def tagged(path):
-    """Equation numbers in trailing comments, `# Eq. 16`, `# Eq. 22 and 23, second term`: {16, 22,
-    23}."""
+    """Return the equations of trailing comments: `# Eq. 22 and 23, second term`: {22, 23}."""
     numbers = set()
     for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
-        tag = (
-            re.match(r"# Eq\. (\d+(?:(?:, | and |-)\d+)*)", token.string)
-            if token.type == tokenize.COMMENT
-            else None
-        )
-        if tag and token.line.strip() != token.string:  # trailing: there is code before it
+        if token.type != tokenize.COMMENT or token.line.strip() == token.string:
+            continue  # only where there is code before it
+        tag = re.match(r"# Eq\. (\d+(?:(?:, | and |-)\d+)*)", token.string)
+        if tag:
             numbers |= {int(number) for number in re.findall(r"\d+", tag.group(1))}
     return numbers
 
@@ -205,51 +211,31 @@ def test_each_equation_is_tagged_in_exactly_one_file(equation):
     assert len([path.name for path in SOURCES if equation in tagged(path)]) == 1
 
 
-@pytest.mark.parametrize("name", LAYOUT)
-def test_the_top_level_layout(name):
-    if name in PENDING and not (ROOT / name).exists():
-        pytest.skip(f"{name} is not written yet")
-    assert (ROOT / name).exists()
-
-
-def test_nothing_else_lives_at_the_top_level():
-    assert {path.name for path in TOP} <= set(LAYOUT)
-    packages = {path.parent.name for path in ROOT.glob("*/*.py")}
-    assert packages <= set(LAYOUT) | {"runs", "data"}
+def test_the_top_level_layout():
+    assert {path.name for path in TOP} == TOP_LEVEL
+    assert {path.parent.name for path in ROOT.glob("*/*.py")} <= PACKAGES
+    for name in ("README.md", "Makefile", "LICENSE", "requirements.txt", "pyproject.toml"):
+        assert (ROOT / name).is_file()
 
 
 @pytest.mark.parametrize("path", ALL, ids=identifier)
-def test_files_are_short_plain_and_narrow(path):
-    """ASCII, at most 400 lines (550: tests, arm and VLA, 600: environments), the method files at
-    most 120 columns."""
+def test_files_are_plain_ascii(path):
     text = path.read_bytes()
     assert text.isascii() and b"\t" not in text and b"\r" not in text
-    lines = text.decode().splitlines()
-    longer = path.parent.name == "tests" or path.name in ("robot.py", "vla_head.py")
-    assert len(lines) <= (600 if path.name == "envs.py" else 550 if longer else 400)
-    assert module(path) not in METHOD or not [
-        i for i, line in enumerate(lines, 1) if len(line) > 120
-    ]
 
 
 @pytest.mark.parametrize("path", TOP, ids=identifier)
 def test_a_file_says_what_it_is(path):
-    """A docstring opens every top-level file: what it is, how to run or import it, what is not
-    here."""
+    """A docstring opens every top-level file: what it is, how to run it, what is not here."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert re.search(r"^    (python|from|import) ", text, re.MULTILINE) and "ot here" in text
 
 
 @pytest.mark.slow
 def test_the_tests_notice_every_mutant():
-    """Every wrong version of a method file in tests/mutants.py fails its tests, and the right ones
-    pass."""
+    """Every wrong version of a method file fails its tests, and the right ones pass."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    out = subprocess.run(
-        [sys.executable, Path(__file__).with_name("mutants.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, Path(__file__).with_name("mutants.py")]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stdout + out.stderr
-    assert len(out.stdout.splitlines()) > 100
+    assert len(out.stdout.splitlines()) > 110
