@@ -7,6 +7,7 @@ LeRobot asks for Python 3.12 and torch < 2.12. Its models need neither: on 3.11 
 type parameters, rewritten here while they are loaded, and torchvision and datasets, which its models never call but
 its configuration imports, are stood in for by empty modules. The model classes that are tested are the installed ones.
 """
+
 import contextlib
 import importlib.abc
 import importlib.machinery
@@ -17,8 +18,11 @@ import sys
 import types
 
 NEEDED = ("transformers", "lerobot", "draccus", "einops", "accelerate", "num2words")
-RULES = ((r"^class (\w+)\[([^\]]*)\]\((.*)\):", r"class \1(\3, __import__('typing').Generic[\2]):"),
-         (r"^def (\w+)\[[^\]]*\]\(", r"def \1("), (r"^type (\w+) = ", r"\1 = "))
+RULES = (
+    (r"^class (\w+)\[([^\]]*)\]\((.*)\):", r"class \1(\3, __import__('typing').Generic[\2]):"),
+    (r"^def (\w+)\[[^\]]*\]\(", r"def \1("),
+    (r"^type (\w+) = ", r"\1 = "),
+)
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -43,11 +47,20 @@ class _Stub(types.ModuleType):
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         root = name.split(".")[0]
-        if root in ("torchvision", "datasets") and importlib.machinery.PathFinder.find_spec(root) is None:
+        if (
+            root in ("torchvision", "datasets")
+            and importlib.machinery.PathFinder.find_spec(root) is None
+        ):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        if name in ("lerobot.utils.io_utils", "lerobot.processor.pipeline", "lerobot.motors.motors_bus"):
+        if name in (
+            "lerobot.utils.io_utils",
+            "lerobot.processor.pipeline",
+            "lerobot.motors.motors_bus",
+        ):
             spec = importlib.machinery.PathFinder.find_spec(name, path)
-            return importlib.util.spec_from_loader(name, _Loader(name, spec.origin)) if spec else None
+            return (
+                importlib.util.spec_from_loader(name, _Loader(name, spec.origin)) if spec else None
+            )
         return None
 
     def create_module(self, spec):
@@ -62,19 +75,20 @@ def missing():
 
 
 def reason():
-    """Why the adapters' tests cannot run, None if they can."""
+    """Say why the adapters' tests cannot run; None if they can."""
     return f"not installed: {', '.join(missing())}" if missing() else None
 
 
 @contextlib.contextmanager
 def importable():
-    """While it lasts `import lerobot` works, offline."""
+    """Make `import lerobot` work while it lasts, offline."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     if sys.version_info >= (3, 12):
         yield
         return
     import transformers.utils.import_utils as available
     from transformers import AutoProcessor  # noqa: F401 - it looks for torchvision once, before the stand-in
+
     available.is_torchvision_available()
     finder = _Finder()
     sys.meta_path.insert(0, finder)

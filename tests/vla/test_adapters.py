@@ -1,22 +1,30 @@
-"""arms/adapters/: each against a tiny random build of the library's real class: sampler, loss, freezing, sharing, POCO.
+"""arms/adapters/: each against a tiny random build of the library's own class.
 
-    python -m pytest tests/test_adapters.py
+    python -m pytest tests/vla/test_adapters.py
 
 The last line of the output says which of the three ran (tests/conftest.py).
 """
+
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lerobot_here import importable, reason
 from torch.testing import assert_close
 
 import poco
-from lerobot_here import importable, reason
+import train_online
+from logbook import Clock, UserError
+from replay import Batch
 
 pytestmark = pytest.mark.skipif(reason() is not None, reason=f"adapters: {reason()}")
 B, N, H, A = 2, 3, 4, 5
-IMAGE, WORDS = "observation.images.top", "observation.language."
+IMAGE = "observation.images.top"
+STATE = "observation.state"
+TOKENS = "observation.language.tokens"
+MASK = "observation.language.attention_mask"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,23 +33,33 @@ def lerobot():
         yield
 
 
+# ---- tiny builds ---------------------------------------------------------------------------------
+
+
 def features():
     from lerobot.configs import FeatureType, PolicyFeature
-    return ({IMAGE: PolicyFeature(type=FeatureType.VISUAL, shape=(3, 32, 32)),
-             "observation.state": PolicyFeature(type=FeatureType.STATE, shape=(6,))},
-            {"action": PolicyFeature(type=FeatureType.ACTION, shape=(A,))})
+
+    inputs = {
+        IMAGE: PolicyFeature(type=FeatureType.VISUAL, shape=(3, 32, 32)),
+        STATE: PolicyFeature(type=FeatureType.STATE, shape=(6,)),
+    }
+    return inputs, {"action": PolicyFeature(type=FeatureType.ACTION, shape=(A,))}
 
 
-def batch(rows=B, vocabulary=100):
-    g = torch.Generator().manual_seed(1)
+def batch(rows=B, vocabulary=100, seed=1):
+    g = torch.Generator().manual_seed(seed)
     mask = torch.ones(rows, 7, dtype=torch.bool)
-    mask[0, 5:] = False                                              # prompts of different lengths
-    return {IMAGE: torch.rand(rows, 3, 32, 32, generator=g), "observation.state": torch.randn(rows, 6, generator=g),
-            WORDS + "tokens": torch.randint(1, vocabulary, (rows, 7), generator=g), WORDS + "attention_mask": mask}
+    mask[0, 5:] = False  # prompts of different lengths
+    return {
+        IMAGE: torch.rand(rows, 3, 32, 32, generator=g),
+        STATE: torch.randn(rows, 6, generator=g),
+        TOKENS: torch.randint(1, vocabulary, (rows, 7), generator=g),
+        MASK: mask,
+    }
 
 
 def randomise(module, std=0.1):
-    """adaRMS layers start at zero, where a head would hardly see its context."""
+    """Perturb all weights: adaRMS layers start at zero and would hardly see the context."""
     g = torch.Generator().manual_seed(2)
     for parameter in module.parameters():
         parameter.data += std * torch.randn(parameter.shape, generator=g)
@@ -51,20 +69,41 @@ def randomise(module, std=0.1):
 def tiny_pi05():
     """The library with small sizes in place of its literals."""
     import lerobot.policies.pi05.modeling_pi05 as lib
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8, vocab_size=128)
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "vocab_size": 128,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
+        "projection_dim": 32,
+    }
     small = copy.copy(lib.get_gemma_config("gemma_300m"))
-    small.width, small.depth, small.mlp_dim, small.head_dim = 32, 2, 64, 8
-    vlm, expert = lib.PaliGemmaForConditionalGenerationWithPiGemma, lib.PiGemmaForCausalLM
+    small.width = 32
+    small.depth = 2
+    small.mlp_dim = 64
+    small.head_dim = 8
+    vlm = lib.PaliGemmaForConditionalGenerationWithPiGemma
+    expert = lib.PiGemmaForCausalLM
 
     def small_vlm(config):
         for name, value in sizes.items():
             setattr(config.text_config, name, value)
-        vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,
-                      patch_size=16, projection_dim=32)
         for name, value in vision.items():
             setattr(config.vision_config, name, value)
-        config.projection_dim = config.hidden_size = 32
-        config._vocab_size, config.image_token_index, config.image_token_id = 128, 127, 127
+        config.projection_dim = 32
+        config.hidden_size = 32
+        config._vocab_size = 128
+        config.image_token_index = 127
+        config.image_token_id = 127
         return vlm(config)
 
     def small_expert(config):
@@ -80,51 +119,106 @@ def tiny_pi05():
 
 def build_pi05():
     from arms.adapters.pi05 import Pi05
+
     with tiny_pi05() as lib:
         inputs, outputs = features()
-        config = lib.PI05Config(chunk_size=H, n_action_steps=H, num_inference_steps=5, image_resolution=(32, 32),
-                                input_features=inputs, output_features=outputs, device="cpu", train_expert_only=True)
+        config = lib.PI05Config(
+            chunk_size=H,
+            n_action_steps=H,
+            num_inference_steps=5,
+            image_resolution=(32, 32),
+            input_features=inputs,
+            output_features=outputs,
+            device="cpu",
+            train_expert_only=True,
+        )
         library = lib.PI05Policy(config).eval()
     randomise(library.model)
-    return Pi05(library, A, group=2), lambda data, noise: library.model.sample_actions(
-        *library._preprocess_images(data), data[WORDS + "tokens"], data[WORDS + "attention_mask"], noise)
+
+    def reference(data, noise):
+        images = library._preprocess_images(data)
+        return library.model.sample_actions(*images, data[TOKENS], data[MASK], noise=noise)
+
+    return Pi05(library, A, group=2), reference
+
+
+def tiny_tokenizer(folder):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        "fake_image_token": "<f>",
+        "image_token": "<i>",
+        "end_of_utterance_token": "<e>",
+        "global_image_token": "<g>",
+    }
+    words = {word: index for index, word in enumerate(["[UNK]", *special.values()])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")),
+        unk_token="[UNK]",
+        pad_token="[UNK]",
+        extra_special_tokens=special,
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def build_smolvla(folder):
     import lerobot.policies.smolvla.modeling_smolvla as lib
-    from arms.adapters.smolvla import SmolVLA
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, SmolVLMConfig
-    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,
-                  patch_size=8)
-    text = dict(model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=8, vocab_size=128, pad_token_id=0)
-    SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=127, scale_factor=2,
-                  pad_token_id=0).save_pretrained(folder)
-    special = {"fake_image_token": "<f>", "image_token": "<i>", "end_of_utterance_token": "<e>",
-               "global_image_token": "<g>"}
-    words = {word: index for index, word in enumerate(["[UNK]", *special.values()])}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")),
-                                        unk_token="[UNK]", pad_token="[UNK]", extra_special_tokens=special)
-    tokenizer.save_pretrained(folder)
-
-    class Processor:                                                 # the library reads two token numbers of it
-        def __init__(self):
-            self.tokenizer = tokenizer
-
     import lerobot.policies.smolvla.smolvlm_with_expert as parts
+    from transformers import SmolVLMConfig
+
+    from arms.adapters.smolvla import SmolVLA
+
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    text = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 128,
+        "pad_token_id": 0,
+    }
+    SmolVLMConfig(
+        vision_config=vision, text_config=text, image_token_id=127, scale_factor=2, pad_token_id=0
+    ).save_pretrained(folder)
+    processor = SimpleNamespace(tokenizer=tiny_tokenizer(folder))  # the library reads no more of it
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts.AutoProcessor, "from_pretrained", lambda *_, **__: Processor())
+        patch.setattr(parts.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
         inputs, outputs = features()
         config = lib.SmolVLAConfig(
-            vlm_model_name=str(folder), load_vlm_weights=False, num_vlm_layers=4, train_state_proj=False,
-            chunk_size=H, n_action_steps=H, num_steps=5, resize_imgs_with_padding=(32, 32), input_features=inputs,
-            output_features=outputs, device="cpu")
+            vlm_model_name=str(folder),
+            load_vlm_weights=False,
+            num_vlm_layers=4,
+            train_state_proj=False,
+            chunk_size=H,
+            n_action_steps=H,
+            num_steps=5,
+            resize_imgs_with_padding=(32, 32),
+            input_features=inputs,
+            output_features=outputs,
+            device="cpu",
+        )
         library = lib.SmolVLAPolicy(config).float().eval()
     randomise(library.model, 0.05)
-    return SmolVLA(library, A, group=2), lambda data, noise: library.model.sample_actions(
-        *library.prepare_images(data), data[WORDS + "tokens"], data[WORDS + "attention_mask"],
-        library.prepare_state(data), noise=noise)
+
+    def reference(data, noise):
+        images = library.prepare_images(data)
+        state = library.prepare_state(data)
+        return library.model.sample_actions(*images, data[TOKENS], data[MASK], state, noise=noise)
+
+    return SmolVLA(library, A, group=2), reference
 
 
 @pytest.fixture(scope="module", params=["pi05", "smolvla"])
@@ -135,14 +229,19 @@ def built(request, tmp_path_factory, lerobot):
     return build_smolvla(tmp_path_factory.mktemp("smolvla"))
 
 
+# ---- pi0.5 and SmolVLA ---------------------------------------------------------------------------
+
+
 def test_samples_are_clipped_where_the_librarys_normalisation_ends(built):
     policy, _ = built
-    mapping = policy.library.config.normalization_mapping
-    assert policy.limit == {"Pi05": 1.0, "SmolVLA": 5.0}[type(policy).__name__]      # their defaults
+    config = policy.library.config
+    mapping = config.normalization_mapping
+    own = {"Pi05": 1.0, "SmolVLA": 5.0}  # their defaults
+    assert policy.limit == own[type(policy).__name__]
     for mode, limit in (("MEAN_STD", 5.0), ("QUANTILES", 1.0), ("MIN_MAX", 1.0)):
         modes = mapping | {"ACTION": type(mapping["ACTION"])(mode)}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(policy.library.config, "normalization_mapping", modes)
+            patch.setattr(config, "normalization_mapping", modes)
             assert type(policy)(policy.library, A).limit == limit
 
 
@@ -154,71 +253,162 @@ def test_samples_equal_the_librarys_own(built):
     chunks = policy.sample(policy.encode(data), N, noise)
     for j in range(N):
         own = reference(data, noise[:, j])[..., :A].clamp(-policy.limit, policy.limit)
-        print(f"{type(policy).__name__}: largest difference {(chunks[:, j] - own).abs().max():.1e}")
+        difference = (chunks[:, j] - own).abs().max()
+        print(f"{type(policy).__name__}: largest difference {difference:.1e}")
         assert_close(chunks[:, j], own, rtol=0, atol=1e-5)
     assert (chunks[:, 0] - chunks[:, 1]).abs().max() > 0.01 and chunks.shape == (B, N, H, A)
+
+
+def test_noise_of_the_real_actions_is_padded(built):
+    """What acts hands over noise of the real actions only."""
+    policy, _ = built
+    context = policy.encode(batch())
+    noise = torch.randn(B, N, H, A)
+    torch.manual_seed(3)
+    padding = torch.randn(B, N, H, policy.width - A)
+    whole = policy.sample(context, N, torch.cat([noise, padding], -1))
+    torch.manual_seed(3)
+    assert torch.equal(policy.sample(context, N, noise), whole)
 
 
 def test_the_loss_is_the_librarys_with_time_reversed(built):
     """cfm_loss at t equals the library's training loss at 1 - t, over the real actions."""
     policy, _ = built
-    data, g = batch(), torch.Generator().manual_seed(3)
+    data = batch()
+    g = torch.Generator().manual_seed(3)
     actions = torch.zeros(B, H, policy.width)
     actions[..., :A] = torch.randn(B, H, A, generator=g)
-    noise, t = torch.randn(B, H, policy.width, generator=g), torch.rand(B, generator=g)
-    images = (policy.library._preprocess_images if hasattr(policy.library, "_preprocess_images")
-              else policy.library.prepare_images)(data)
-    state = {} if policy.head[0].endswith("gemma_expert.model") else {"state": policy.library.prepare_state(data)}
-    theirs = policy.model.forward(*images, data[WORDS + "tokens"], data[WORDS + "attention_mask"], *state.values(),
-                                  actions, noise, 1 - t)[..., :A].mean((1, 2))
+    noise = torch.randn(B, H, policy.width, generator=g)
+    t = torch.rand(B, generator=g)
+    if type(policy).__name__ == "Pi05":
+        inputs = (*policy.library._preprocess_images(data), data[TOKENS], data[MASK])
+    else:
+        state = policy.library.prepare_state(data)
+        inputs = (*policy.library.prepare_images(data), data[TOKENS], data[MASK], state)
+    theirs = policy.model.forward(*inputs, actions, noise, 1 - t)[..., :A].mean((1, 2))
     x = (1 - t)[:, None, None] * noise + t[:, None, None] * actions
     v = policy.velocity(policy.encode(data), x[:, None], t[:, None])[:, 0]
-    assert_close((v - (actions - noise))[..., :A].square().mean((1, 2)), theirs, rtol=1e-4, atol=1e-5)
+    ours = (v - (actions - noise))[..., :A].square().mean((1, 2))
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_head_learns_and_poco_runs(built):
-    """One prefix per state for E- and M-step; gradients in every weight of the head and in no other."""
+    """One prefix per state for E- and M-step; gradients in every weight of the head alone."""
     policy, _ = built
-    before, calls = copy.deepcopy(dict(policy.model.named_parameters())), policy.calls
+    before = copy.deepcopy(dict(policy.model.named_parameters()))
+    calls = policy.calls
     context = policy.encode(batch())
     candidates, weights, _ = poco.e_step(policy, lambda _, a: a.sum((-2, -1)), context, N, 0.5)
-    loss, _ = poco.m_step_loss(policy, context, torch.zeros(B, H, A), None, candidates, weights, 1.0, 100.0)
+    loss, _ = poco.m_step_loss(
+        policy, context, torch.zeros(B, H, A), None, candidates, weights, 1.0, 100.0
+    )
     optimizer = torch.optim.Adam(policy.head_parameters(), lr=1e-3)
     loss.backward()
-    head = {f"model.{name}" for name, one in policy.model.named_parameters() if one.grad is not None}
+    trained = [name for name, one in policy.model.named_parameters() if one.grad is not None]
+    head = {f"model.{name}" for name in trained}
     assert head == {name for name, _ in policy.named_parameters()} and policy.calls == calls + 1
     optimizer.step()
     for name, one in policy.model.named_parameters():
         changed = not torch.equal(one, before[name])
         assert changed == (f"model.{name}" in head and one.grad.abs().sum() > 0), name
     assert candidates.shape == (B, N, H, A) and not candidates.requires_grad
-    poco.m_step_loss(policy, context, torch.zeros(B, H, A), None, None, None, 0, 0)[0].backward()     # a second time
+    again, _ = poco.m_step_loss(policy, context, torch.zeros(B, H, A), None, None, None, 0, 0)
+    again.backward()  # a second time through the same context
+
+
+def poco_args(**changes):
+    args = {
+        "act": "policy",
+        "horizon": H,
+        "hidden": 16,
+        "layers": 2,
+        "heads": 2,
+        "online_learning_rate": 1e-3,
+        "critic_learning_rate": 1e-3,
+        "pessimism": 0.0,
+        "tau": 0.05,
+        "policy_tau": 0.1,
+        "num_candidates": N,
+        "particles": 0,
+        "temperature": 0.5,
+        "guidance": 1.0,
+        "clip": 100.0,
+        "precision": "float32",
+    }
+    return SimpleNamespace(**args | changes)
+
+
+def transitions():
+    g = torch.Generator().manual_seed(5)
+    chunk = torch.randn(B, H, A, generator=g).clamp(-1, 1)
+    return Batch(
+        batch(), chunk, torch.ones(B, H), torch.ones(B), torch.full((B,), 0.9), batch(seed=6)
+    )
+
+
+def check_the_loops_update(policy, data):
+    """train_online.POCO drives an adapter: warm-up moves the critic, an update the head too."""
+    agent = train_online.POCO(poco_args(), policy, Clock())
+    backbone = {name: one.clone() for name, one in policy.model.named_parameters()}
+    for name, _ in policy.named_parameters():
+        del backbone[name.removeprefix("model.")]
+    head = copy.deepcopy(policy.state_dict())
+    critic = copy.deepcopy(agent.critic.state_dict())
+    agent.update(data, warmup=True)
+    assert all(torch.equal(head[name], one) for name, one in policy.state_dict().items())
+    assert any(
+        not torch.equal(critic[name], one) for name, one in agent.critic.state_dict().items()
+    )
+    stats = agent.update(data, warmup=False)
+    assert set(stats) == set(agent.stats) and all(torch.isfinite(one) for one in stats.values())
+    moved = [name for name, one in policy.state_dict().items() if not torch.equal(head[name], one)]
+    assert moved and not set(moved) & {"pooled_mean", "pooled_std"}
+    now = dict(policy.model.named_parameters())
+    assert all(torch.equal(now[name], one) for name, one in backbone.items())
+
+
+def test_train_onlines_poco_drives_it(built):
+    policy = copy.deepcopy(built[0])
+    policy.fit(policy.encode(batch(8)).parts["pooled"])
+    seen = policy.critic_obs(policy.encode(batch(8)))
+    assert seen.shape == (8, policy.critic_dim)
+    assert_close(seen.mean(0), torch.zeros(policy.critic_dim), rtol=0, atol=1e-3)
+    assert policy.sizes() == {"action_dim": A, "group": 2}
+    check_the_loops_update(policy, transitions())
 
 
 def test_copies_share_the_backbone_and_checkpoints_hold_the_head(built):
     policy, _ = built
     other = copy.deepcopy(policy)
-    mine, theirs = dict(policy.model.named_parameters()), dict(other.model.named_parameters())
+    mine = dict(policy.model.named_parameters())
+    theirs = dict(other.model.named_parameters())
     trained = {name.removeprefix("model.") for name, _ in policy.named_parameters()}
     assert all((mine[name] is theirs[name]) == (name not in trained) for name in mine)
     state = policy.state_dict()
-    assert set(state) == {f"model.{name}" for name in trained} and not any("lm_head" in name for name in state)
+    statistics = {"pooled_mean", "pooled_std"}
+    assert set(state) == {f"model.{name}" for name in trained} | statistics
+    assert not any("lm_head" in name for name in state)
     for parameter in other.parameters():
         parameter.data.zero_()
-    data, noise = batch(), torch.randn(B, N, H, policy.width)
-    assert not torch.equal(other.sample(other.encode(data), N, noise), policy.sample(policy.encode(data), N, noise))
+    data = batch()
+    noise = torch.randn(B, N, H, policy.width)
+
+    def draw(one):
+        return one.sample(one.encode(data), N, noise)
+
+    assert not torch.equal(draw(other), draw(policy))
     other.load_state_dict(state)
-    assert torch.equal(other.sample(other.encode(data), N, noise), policy.sample(policy.encode(data), N, noise))
-    name = next(iter(state))
+    assert torch.equal(draw(other), draw(policy))
+    name = next(name for name in state if name not in statistics)
     with pytest.raises(RuntimeError, match=name):
         other.load_state_dict({key: value for key, value in state.items() if key != name})
 
 
 def test_weights_that_did_not_load_are_refused_by_name(built, tmp_path):
-    from logbook import UserError
     from safetensors.torch import save_file
 
     from arms.adapters import verify_weights
+
     policy, _ = built
     state = {name: value.clone() for name, value in policy.model.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
@@ -233,86 +423,200 @@ def test_weights_that_did_not_load_are_refused_by_name(built, tmp_path):
         verify_weights(policy.model, tmp_path)
 
 
+# ---- GR00T ---------------------------------------------------------------------------------------
+
+
+def build_groot(self_attention_layers):
+    from lerobot.policies.groot.groot_n1_7 import GR00TN17ActionHead, GR00TN17Config
+
+    dit = {
+        "positional_embeddings": None,
+        "num_layers": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "norm_type": "ada_norm",
+        "dropout": 0.2,
+        "final_dropout": True,
+        "output_dim": 16,
+        "interleave_self_attention": True,
+    }
+    layers = {
+        "positional_embeddings": None,
+        "num_layers": self_attention_layers,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "dropout": 0.2,
+        "final_dropout": True,
+    }
+    torch.manual_seed(0)
+    config = GR00TN17Config(
+        backbone_embedding_dim=24,
+        max_state_dim=6,
+        max_action_dim=8,
+        action_horizon=H,
+        hidden_size=16,
+        input_embedding_dim=16,
+        max_num_embodiments=3,
+        diffusion_model_cfg=dit,
+        vl_self_attention_cfg=layers,
+        max_seq_len=32,
+    )
+    action_head = GR00TN17ActionHead(config)
+    randomise(action_head, 0.1)
+    return action_head.eval()
+
+
 @pytest.fixture(scope="module")
 def groot(lerobot):
     pytest.importorskip("diffusers", reason="adapters: GR00T needs diffusers")
     from arms.adapters.groot import Groot
-    from lerobot.policies.groot.groot_n1_7 import GR00TN17ActionHead, GR00TN17Config
-    dit = dict(positional_embeddings=None, num_layers=4, num_attention_heads=2, attention_head_dim=8,
-               norm_type="ada_norm", dropout=0.2, final_dropout=True, output_dim=16, interleave_self_attention=True)
-    layers = dict(positional_embeddings=None, num_layers=1, num_attention_heads=2, attention_head_dim=12, dropout=0.2,
-                  final_dropout=True)
-    torch.manual_seed(0)
-    config = GR00TN17Config(
-        backbone_embedding_dim=24, max_state_dim=6, max_action_dim=8, action_horizon=H, hidden_size=16,
-        input_embedding_dim=16, max_num_embodiments=3, diffusion_model_cfg=dit, vl_self_attention_cfg=layers,
-        max_seq_len=32)
-    policy = Groot(GR00TN17ActionHead(config), A, group=2)
-    randomise(policy.model, 0.1)
-    return policy
+
+    return Groot(build_groot(self_attention_layers=1), A, group=2)
 
 
-def groot_batch():
-    g = torch.Generator().manual_seed(4)
+def groot_batch(seed=4):
+    g = torch.Generator().manual_seed(seed)
     image = torch.zeros(B, 9, dtype=torch.bool)
     image[:, 2:6] = True
-    return {"backbone_features": torch.randn(B, 9, 24, generator=g), "image_mask": image,
-            "backbone_attention_mask": torch.ones(B, 9, dtype=torch.bool), "state": torch.randn(B, 1, 6, generator=g),
-            "embodiment_id": torch.tensor([1, 2])}
+    return {
+        "backbone_features": torch.randn(B, 9, 24, generator=g),
+        "image_mask": image,
+        "backbone_attention_mask": torch.ones(B, 9, dtype=torch.bool),
+        "state": torch.randn(B, 1, 6, generator=g),
+        "embodiment_id": torch.tensor([1, 2]),
+    }
+
+
+def groot_reference(action_head, data, seed):
+    """The library's own sampler. It draws its noise itself, after this seed."""
+    from transformers.feature_extraction_utils import BatchFeature
+
+    def part(*names):
+        return BatchFeature(data={name: data[name] for name in names})
+
+    torch.manual_seed(seed)
+    return action_head.get_action(
+        part("backbone_features", "image_mask", "backbone_attention_mask"),
+        part("state", "embodiment_id"),
+    )["action_pred"]
+
+
+def first_noise(policy, seed):
+    """Noise for N candidates, the first of them the library's after this seed."""
+    torch.manual_seed(seed)
+    noise = torch.randn(B, 1, H, policy.width)
+    return torch.cat([noise, torch.randn(B, N - 1, H, policy.width)], dim=1)
 
 
 def test_groot_samples_equal_the_librarys_own(groot):
-    """The library draws its noise itself: the same seed gives the first candidate its noise."""
-    from transformers.feature_extraction_utils import BatchFeature
     data = groot_batch()
-    torch.manual_seed(7)
-    noise = torch.randn(B, H, groot.width)
-    torch.manual_seed(7)
-    seen = {name: data[name] for name in ("backbone_features", "image_mask", "backbone_attention_mask")}
-    action = {name: data[name] for name in ("state", "embodiment_id")}
-    own = groot.model.get_action(BatchFeature(data=dict(seen)), BatchFeature(data=action))["action_pred"]
-    chunks = groot.sample(groot.encode(data), N, torch.stack([noise] + [torch.randn_like(noise)] * (N - 1), 1))
-    print(f"Groot: largest difference {(chunks[:, 0] - own[..., :A].clamp(-1, 1)).abs().max():.1e}")
-    assert_close(chunks[:, 0], own[..., :A].clamp(-1, 1), rtol=0, atol=1e-5)
+    own = groot_reference(groot.model, data, 7)[..., :A].clamp(-1, 1)
+    chunks = groot.sample(groot.encode(data), N, first_noise(groot, 7))
+    print(f"Groot: largest difference {(chunks[:, 0] - own).abs().max():.1e}")
+    assert_close(chunks[:, 0], own, rtol=0, atol=1e-5)
     assert chunks.shape == (B, N, H, A) and (chunks[:, 0] - chunks[:, 1]).abs().max() > 0.01
+
+
+def test_a_groot_head_without_self_attention_is_taken_too(groot):
+    """N1.6's head has no such layer; N1.7's with none behaves the same."""
+    from arms.adapters.groot import Groot
+
+    action_head = build_groot(self_attention_layers=0)
+    data = groot_batch()
+    own = groot_reference(action_head, data, 7)[..., :A].clamp(-1, 1)
+    del action_head.vl_self_attention
+    policy = Groot(action_head, A, group=2)
+    chunks = policy.sample(policy.encode(data), N, first_noise(policy, 7))
+    assert_close(chunks[:, 0], own, rtol=0, atol=1e-5)
 
 
 def test_poco_trains_groots_whole_head_without_dropout(groot):
     context = groot.encode(groot_batch())
     candidates, weights, _ = poco.e_step(groot, lambda _, a: a.sum((-2, -1)), context, N, 0.5)
-    loss, _ = poco.m_step_loss(groot, context, torch.zeros(B, H, A), None, candidates, weights, 1.0, 100.0)
+    loss, _ = poco.m_step_loss(
+        groot, context, torch.zeros(B, H, A), None, candidates, weights, 1.0, 100.0
+    )
     loss.backward()
     names = {name.split(".")[1] for name, one in groot.named_parameters() if one.grad is not None}
     assert names == set(groot.head) and not groot.train().model.training
-    noise, t = torch.randn(B, 1, H, groot.width), torch.rand(B, 1)
+    noise = torch.randn(B, 1, H, groot.width)
+    t = torch.rand(B, 1)
     assert torch.equal(groot.velocity(context, noise, t), groot.velocity(context, noise, t))
     shared = copy.deepcopy(groot)
     assert all(one is not two for one, two in zip(groot.parameters(), shared.parameters()))
 
 
-def test_a_saved_policy_loads_with_another_horizon_and_an_unloadable_one_is_refused(lerobot, tmp_path):
-    """The library prints its loading errors and returns random weights: here that is an error."""
-    from arms.adapters.pi05 import Pi05
-    from logbook import UserError
-    from safetensors.torch import load_file, save_file
+def test_train_onlines_poco_drives_groot(groot):
+    policy = copy.deepcopy(groot)
+    data = transitions()._replace(obs=groot_batch(), next_obs=groot_batch(8))
+    assert policy.critic_obs(policy.encode(data.obs)).shape == (B, policy.critic_dim)
+    check_the_loops_update(policy, data)
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(lerobot, tmp_path_factory):
+    """A tiny pi0.5 and the folder that LeRobot wrote of it."""
     policy, _ = build_pi05()
-    policy.library.save_pretrained(tmp_path)
+    folder = tmp_path_factory.mktemp("pi05")
+    policy.library.save_pretrained(folder)
+    return policy, folder
+
+
+def test_a_saved_policy_loads_with_another_horizon(saved):
+    from arms.adapters.pi05 import Pi05
+
+    policy, folder = saved
+    data = batch()
     with tiny_pi05():
-        loaded = Pi05.load(tmp_path, A, horizon=H + 2)
-        data, noise = batch(), torch.randn(B, 1, H + 2, policy.width)
+        loaded = Pi05.load(folder, A, horizon=H + 2)
+        noise = torch.randn(B, 1, H + 2, policy.width)
         assert loaded.sample(loaded.encode(data), 1, noise).shape == (B, 1, H + 2, A)
-        x, t = torch.randn(B, 1, H, policy.width), torch.rand(B, 1)
-        same = Pi05.load(tmp_path, A)
-        assert_close(same.velocity(same.encode(data), x, t), policy.velocity(policy.encode(data), x, t))
-        weights = load_file(tmp_path / "model.safetensors")
-        words = next(name for name in weights if "embed_tokens" in name)
-        weights[words.replace("model.language_model.embed_tokens", "lm_head")] = weights.pop(words)  # as in pi05_base
-        save_file(weights, tmp_path / "model.safetensors")
-        other = Pi05.load(tmp_path, A)
-        assert_close(other.velocity(other.encode(data), x, t), policy.velocity(policy.encode(data), x, t))
-        name = next(name for name in weights if "action_out_proj.weight" in name)
-        save_file(weights | {name: weights[name][:3].clone()}, tmp_path / "model.safetensors")
-        with pytest.raises(UserError, match="were not loaded"):
-            Pi05.load(tmp_path, A)
-        with pytest.raises(UserError, match="no model.safetensors"):
-            Pi05.load(tmp_path / "none", A)
+        same = Pi05.load(folder, A)
+    x = torch.randn(B, 1, H, policy.width)
+    t = torch.rand(B, 1)
+    assert_close(same.velocity(same.encode(data), x, t), policy.velocity(policy.encode(data), x, t))
+
+
+def test_a_folder_with_the_tied_embeddings_other_name_loads(saved):
+    """As in pi05_base."""
+    from safetensors.torch import load_file, save_file
+
+    from arms.adapters.pi05 import Pi05
+
+    policy, folder = saved
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    before = path.read_bytes()
+    words = next(name for name in weights if "embed_tokens" in name)
+    tied = words.replace("model.language_model.embed_tokens", "lm_head")
+    weights[tied] = weights.pop(words)
+    save_file(weights, path)
+    with tiny_pi05():
+        other = Pi05.load(folder, A)
+    path.write_bytes(before)
+    data = batch()
+    x = torch.randn(B, 1, H, policy.width)
+    t = torch.rand(B, 1)
+    assert_close(
+        other.velocity(other.encode(data), x, t), policy.velocity(policy.encode(data), x, t)
+    )
+
+
+def test_a_folder_that_did_not_load_is_refused(saved, tmp_path):
+    """The library prints its loading errors and returns random weights: here that is an error."""
+    from safetensors.torch import load_file, save_file
+
+    from arms.adapters.pi05 import Pi05
+
+    policy, _ = saved
+    policy.library.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if "action_out_proj.weight" in name)
+    save_file(weights | {name: weights[name][:3].clone()}, tmp_path / "model.safetensors")
+    with tiny_pi05(), pytest.raises(UserError, match="were not loaded"):
+        Pi05.load(tmp_path, A)
+    with pytest.raises(UserError, match="no model.safetensors"):
+        Pi05.load(tmp_path / "none", A)
