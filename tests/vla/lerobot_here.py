@@ -1,11 +1,12 @@
-"""LeRobot 0.6.1 beside this project's pins: Python 3.11 and a CPU build of torch without torchvision.
+"""Import LeRobot 0.6.1 beside this project's pins: Python 3.11, CPU torch, no torchvision.
 
-    with importable():         # reason() says why the adapters' tests cannot run, None if they can
+    with importable():  # reason() says why the adapters' tests cannot run; None if they can
         import lerobot
 
-LeRobot asks for Python 3.12 and torch < 2.12. Its models need neither: on 3.11 three of its files hold new syntax for
-type parameters, rewritten here while they are loaded, and torchvision and datasets, which its models never call but
-its configuration imports, are stood in for by empty modules. The model classes that are tested are the installed ones.
+LeRobot asks for Python 3.12 and torch < 2.12. Its models need neither. On 3.11 three of its files
+hold new syntax for type parameters, which is rewritten while they are loaded. Its configuration
+imports torchvision and datasets, which its models never call: empty modules stand in for them. The
+model classes under test are the installed ones.
 """
 
 import contextlib
