@@ -11,8 +11,8 @@
 # we want to know what the compromise costs.
 
 # %%
-import toy  # also finds poco.py and its neighbours
 import torch
+import toy  # also finds poco.py and its neighbours
 from matplotlib import pyplot as plt
 
 from poco import posterior

@@ -11,8 +11,8 @@
 # %%
 import math
 
-import toy  # also finds poco.py and its neighbours
 import torch
+import toy  # also finds poco.py and its neighbours
 from matplotlib import pyplot as plt
 from scipy.optimize import brentq
 

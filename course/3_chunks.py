@@ -13,8 +13,8 @@ import itertools
 import math
 
 import numpy as np
-import toy  # also finds poco.py and its neighbours
 import torch
+import toy  # also finds poco.py and its neighbours
 from matplotlib import pyplot as plt
 
 from chunk_critic import td_target
@@ -67,8 +67,8 @@ toy.expect("KL of one action, repeated five times", kl(new[new > 0], old[new > 0
 # ## How fast a value travels
 #
 # Put a reward at the end of a chain of 50 steps. Compute values backwards, from the demonstrations
-# in a replay. A target over H real steps carries the value back H states at a time. **Predict:** how
-# many sweeps pass before the first state has heard of the reward, for H = 1, 5 and 10?
+# in a replay. A target over H real steps carries the value back H states at a time. **Predict:**
+# how many sweeps pass before the first state has heard of the reward, for H = 1, 5 and 10?
 #
 # The code below is the project's own replay and target, the same that train Lift.
 
@@ -116,9 +116,9 @@ for horizon, expected in ((1, 50), (5, 10), (10, 5)):
 # ## Why the critic rates the whole chunk
 #
 # There is a cheaper idea: keep a critic of single actions, and use an n-step target. It is biased.
-# Take two steps and the reward a1 times a2. The data choose a1 freely and a2 by a fair coin. **Predict:**
-# what value does the two-step target give to a1 = 1? What value does a chunk critic give to the best
-# chunk that starts with a1 = 1?
+# Take two steps and the reward a1 times a2. The data choose a1 freely and a2 by a fair coin.
+# **Predict:** what value does the two-step target give to a1 = 1? What value does a chunk critic
+# give to the best chunk that starts with a1 = 1?
 
 # %%
 a1, a2 = torch.randint(2, (2, 20_000), generator=torch.Generator().manual_seed(0)).double()

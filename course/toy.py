@@ -1,6 +1,6 @@
 """The toy of the course: six habits in a plane, a value, and a flow policy that learns them.
 
-    import toy                          # in a script of course/: also finds poco.py and its neighbours
+    import toy                          # in a script of course/: also finds poco.py
     policy = toy.clone()                # behaviour cloning on FlowPolicy, 3 s of CPU
     better = toy.m_step(policy, candidates, weights, guidance=50)
 
