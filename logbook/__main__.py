@@ -1,7 +1,8 @@
 """python -m logbook RUN_DIR [RUN_DIR ...]: redraw one run's curve.png, or compare several in ./curves.png."""
 import sys
 
-from . import UserError, cli, curve
+from .errors import UserError, cli
+from .figure import curve
 
 
 def main():

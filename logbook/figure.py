@@ -12,32 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from . import UserError, _writing, must_fit, read_args, replacing, wilson
+from .arguments import read_args
+from .book import _writing
+from .checkpoints import replacing
+from .intervals import wilson
+from .tables import read_run
 
 COLORS = {"policy": "#0072b2", "posterior": "#d55e00"}      # Okabe-Ito: colour-blind eyes tell them apart
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
 
 
-def read_run(folder):
-    """(running success as [(step, share)], evaluations as {acting: {step: (successes, episodes)}})"""
-    running, evaluations = [], {}
-    with must_fit(f"{folder}/progress.csv or eval.csv", "put it right"):
-        for row in _rows(folder, "progress.csv"):
-            if row.get("success") and math.isfinite(float(row["success"])):
-                running.append((float(row["step"]), float(row["success"])))
-        for row in _rows(folder, "eval.csv"):
-            steps = evaluations.setdefault(row["acting"], {})
-            successes, episodes = steps.get(float(row["step"]), (0, 0))
-            steps[float(row["step"])] = (successes + int(row["success"]), episodes + 1)
-    return running, evaluations
-
-
-def _rows(folder, name):
-    path = Path(folder) / name
-    if not path.exists():
-        raise UserError(f"{folder} is not a run folder: it has no {name}")
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]      # skip a torn last row
+def curve(*folders, out=None):
+    """Draw curve.png of one run, or one figure of several; returns the path of the picture."""
+    return draw(folders, out)
 
 
 def draw(folders, out=None):

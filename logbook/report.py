@@ -1,56 +1,100 @@
-"""The rows of progress.csv: means of what the updates returned, rates, and where the time went.
+"""The rows of progress.csv: means of what updates returned, rates, and where the time went.
 
     report = Report(book, clock, phases=("env", "critic"))
-    report.add(stats)                                 # after every update; no update waits for the CPU
-    report.write(step, success=0.4)                   # a row
+    report.add(stats)                      # after every update; no update waits for the CPU
+    report.write(step, success=0.4)        # a row
 
-Not here: the files (see __init__.py).
+Not here: the files (book.py).
 """
-import copy
 
-STATE = ("sums", "updates", "best", "seconds", "step", "written", "pending")
+from typing import Any
+
+from torch import Tensor
+
+from .book import Logbook
+from .console import Clock
 
 
 class Report:
-    """Since the last row: sums of the statistics, on their device, and every phase's seconds; these also in all."""
+    """What happened since the last row, and the seconds of each phase since the run began.
 
-    def __init__(self, book, clock, phases):
-        self.book, self.clock = book, clock
-        self.sums, self.updates, self.best, self.seconds = {}, 0, -1.0, dict.fromkeys(phases, 0.0)
-        self.step, self.written, self.pending = 0, 0, dict(self.seconds)      # where this interval began; its seconds
+    `best`, the best evaluation so far, is kept here for the loop, since it is saved with the rest.
+    """
 
-    def add(self, stats):
+    def __init__(self, book: Logbook, clock: Clock, phases: tuple[str, ...]):
+        self.book = book
+        self.clock = clock
+        self.updates = 0
+        self.best = -1.0
+        self.seconds = dict.fromkeys(phases, 0.0)  # since the run began
+        # since the last row
+        self.sums: dict[str, tuple[Tensor | float, int]] = {}  # totals stay on their device
+        self.row_step = 0
+        self.row_updates = 0
+        self.row_seconds = dict.fromkeys(phases, 0.0)
+
+    def add(self, stats: dict[str, Tensor]) -> None:
+        """Count one update and add up its statistics."""
         self.updates += 1
         for name, value in stats.items():
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value, count + 1)
 
-    def write(self, step, **scalars):
-        """A row of progress.csv: these numbers, the means, and what was done a second."""
-        means, self.sums = {name: float(total) / count for name, (total, count) in self.sums.items()}, {}
+    def write(self, step: int, **scalars: Any) -> None:
+        """Write a row of progress.csv: these scalars, the means, and what was done per second."""
         self._split()
-        seconds, self.pending = self.pending, dict.fromkeys(self.seconds, 0.0)
-        busy, steps, updates = sum(seconds.values()), step - self.step, self.updates - self.written
-        self.book.log(step, **scalars, updates=self.updates, env_steps_per_s=steps / busy, updates_per_s=updates / busy,
-                      **means, **{f"time/{name}": value for name, value in seconds.items()})
-        self.step, self.written = step, self.updates
+        means = {name: float(total) / count for name, (total, count) in self.sums.items()}
+        times = {f"time/{name}": value for name, value in self.row_seconds.items()}
+        busy = max(sum(self.row_seconds.values()), 1e-9)
+        self.book.log(
+            step,
+            **scalars,
+            updates=self.updates,
+            env_steps_per_s=(step - self.row_step) / busy,
+            updates_per_s=(self.updates - self.row_updates) / busy,
+            **means,
+            **times,
+        )
+        self.sums = {}
+        self.row_step = step
+        self.row_updates = self.updates
+        self.row_seconds = dict.fromkeys(self.seconds, 0.0)
 
-    def time_split(self):
+    def time_split(self) -> str:
+        """Say how long stage II took, and each of its phases."""
         self._split()
         parts = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
         return f"stage II took {sum(self.seconds.values()):.0f} s: {parts}"
 
-    def _split(self):
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run counts on from."""
+        self._split()
+        return {
+            "updates": self.updates,
+            "best": self.best,
+            "seconds": dict(self.seconds),
+            "sums": dict(self.sums),
+            "row_step": self.row_step,
+            "row_updates": self.row_updates,
+            "row_seconds": dict(self.row_seconds),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from `state`. Raises KeyError, TypeError or ValueError."""
+        self.updates = int(state["updates"])
+        self.best = float(state["best"])
+        self.row_step = int(state["row_step"])
+        self.row_updates = int(state["row_updates"])
+        for name in self.seconds:
+            self.seconds[name] = float(state["seconds"][name])
+            self.row_seconds[name] = float(state["row_seconds"][name])
+        self.sums = {}
+        for name, (total, count) in state["sums"].items():
+            if float(total) != total or int(count) < 1:
+                raise ValueError(f"the sum of {name} is {total!r:.80} over {count!r:.80}")
+            self.sums[name] = (total, count)
+
+    def _split(self) -> None:
         for name, seconds in self.clock.split().items():
             self.seconds[name] += seconds
-            self.pending[name] += seconds
-
-    def state_dict(self):
-        self._split()
-        return {name: copy.copy(getattr(self, name)) for name in STATE}
-
-    def load_state_dict(self, state, step):
-        """What a resumed run counts on from; older checkpoints hold the sums alone: the row's time begins at step."""
-        state = {"step": step, "written": state["updates"], "pending": self.pending} | state
-        for name in STATE:
-            setattr(self, name, copy.copy(state[name]))
+            self.row_seconds[name] += seconds

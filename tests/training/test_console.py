@@ -134,7 +134,7 @@ def test_a_report_writes_means_rates_and_times_of_its_interval_alone(tmp_path, m
     report.write(10, success=0.5)
     report.add({"loss": torch.tensor(7.0)})
     resumed = Report(book, clock, ("env", "critic"))
-    resumed.load_state_dict(report.state_dict(), 12)
+    resumed.load_state_dict(report.state_dict())
     resumed.add({"loss": torch.tensor(9.0)})
     resumed.write(16, success=None)
     with open(book.folder / "progress.csv", newline="") as file:

@@ -20,8 +20,17 @@ import pytest
 import torch
 
 import logbook
-from logbook import VERSION, Logbook, UserError, check_numbers, cli, curve, load_checkpoint, save_checkpoint
-from logbook import wilson
+from logbook import (
+    VERSION,
+    Logbook,
+    UserError,
+    check_numbers,
+    cli,
+    curve,
+    load_checkpoint,
+    save_checkpoint,
+    wilson,
+)
 
 ARGS = {"task": "lift", "method": "poco", "seed": 0, "preset": "cpu", "clip": float("inf")}
 COLUMNS = ["success", "q/mean", "time/env"]
@@ -407,7 +416,7 @@ def test_a_damaged_row_is_refused_by_the_name_of_its_file(book):
     path = book.folder / "progress.csv"
     book.log(10, success=0.1)
     path.write_text(path.read_text().replace("10,", "1o,"))
-    with pytest.raises(UserError, match="progress.csv .*'1o'.* put it right"):
+    with pytest.raises(UserError, match="progress.csv .*line 2 .*'1o'.* put it right"):
         book.rewind(10)
 
 
@@ -418,7 +427,7 @@ def test_a_curve_of_damaged_rows_is_refused_by_name(book, name, old, new):
     book.evaluation(10, "policy", episodes([1]))
     path = book.folder / name
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(UserError, match=f"{book.folder}/progress.csv or eval.csv does not fit .*: put it right"):
+    with pytest.raises(UserError, match=f"{book.folder}/{name} is damaged"):
         curve(book.folder)
 
 
@@ -464,6 +473,7 @@ def test_curve_is_drawn_from_the_csv_files_alone(book):
 
 def test_curve_plots_success_in_percent_with_wilson_intervals(book):
     from matplotlib.figure import Figure
+
     from logbook.figure import _draw_run
     fill(book, 10)
     axes = Figure().add_subplot()
@@ -482,6 +492,7 @@ def test_curve_plots_success_in_percent_with_wilson_intervals(book):
 @pytest.mark.parametrize("args", [{"method": "poco", "setting": "online"}, {"method": "rlpd-ac"}])
 def test_curve_calls_what_was_not_cloned_untrained(tmp_path, args):
     from matplotlib.figure import Figure
+
     from logbook.figure import _draw_run
     book = Logbook.create(tmp_path / "run", ARGS | args, ["success"])
     fill(book, 10)
@@ -501,6 +512,7 @@ def test_wilson_interval_matches_published_values():
 
 def test_several_runs_become_a_mean_and_a_band_over_seeds(tmp_path, monkeypatch, capsys):
     from matplotlib.figure import Figure
+
     from logbook.__main__ import main
     from logbook.figure import _draw_runs
     folders = []
