@@ -263,6 +263,11 @@ def resolve_preset(preset: str) -> tuple[str, str]:
     return "cpu", "no GPU found"
 
 
+def policy_state(policy: nn.Module) -> dict[str, Any]:
+    """Return what a checkpoint needs to rebuild a policy: its class, sizes and weights."""
+    return {"kind": type(policy).__name__, "sizes": policy.sizes(), "policy": policy.state_dict()}
+
+
 def setup(args: Any) -> torch.device:
     """Choose and print preset, device, precision and seed. Returns the device."""
     args.preset, why = resolve_preset(args.preset)
@@ -378,8 +383,7 @@ class Cloning:
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "policy": self.policy.state_dict(),
-            "sizes": self.policy.sizes(),
+            **policy_state(self.policy),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "torch_rng": noise_state(self.replay.device),

@@ -70,6 +70,7 @@ from train_offline import (
     adam,
     load_cloned,
     minimise,
+    policy_state,
     record_result,
     run_evaluation,
     setup,
@@ -258,14 +259,14 @@ def autocast(args: Any, device: torch.device) -> torch.autocast:
 
 
 def load_policy(path: str | Path) -> Acting:
-    """Load a trained policy from a checkpoint or a run folder, to be called with `.act(obs)`."""
+    """Load the policy of a checkpoint or a run folder, to be called with `.act(obs)`."""
     state = load_checkpoint(path)
-    sizes = state.get("sizes")
-    if sizes is None:
-        raise UserError(f"{path} holds no flow policy alone: evaluate it with --eval instead")
-    policy = FlowPolicy(**sizes)
+    if state.get("kind") != "FlowPolicy":
+        kind = state.get("kind", "policy of another kind")
+        raise UserError(f"{path} holds a {kind}: evaluate it with --eval, this loads flow policies")
     with must_fit(path):
-        policy.load_state_dict(state["agent"]["actor"] if "agent" in state else state["policy"])
+        policy = FlowPolicy(**state["sizes"])
+        policy.load_state_dict(state["policy"])
     return Acting(policy)
 
 
@@ -434,11 +435,14 @@ class Run:
         agent = self.agent.state_dict()
         advice = "Lower --online-learning-rate, or check the demonstrations"
         refuse_nonfinite(agent, "agent", f"before step {step}; {self.book.last_good()}. {advice}")
-        state = {"agent": agent, "world": self.world.state_dict()}
-        state["report"] = self.report.state_dict()
-        policy = agent_policy(self.agent)
-        if policy is not None:
-            state["sizes"] = policy.sizes()
+        state = {
+            "agent": agent,
+            "world": self.world.state_dict(),
+            "report": self.report.state_dict(),
+        }
+        delivered = self.agent.acting(self.agent.modes[0])
+        if isinstance(delivered, Acting):  # a bare policy, for load_policy
+            state |= policy_state(delivered.policy)
         self.book.save(name, state)
 
     def load(self, state: dict[str, Any]) -> None:
@@ -462,12 +466,6 @@ class Run:
             bar.write(f"step {step}, acting from the {mode}: success {result}")
             rates.append(result.success_rate)
         return rates[0]
-
-
-def agent_policy(agent: Any) -> FlowPolicy | None:
-    """Return the flow policy that acts, where the agent delivers one and nothing else."""
-    actor = agent.actor
-    return actor if type(actor) is FlowPolicy else None
 
 
 def train(run: Run, evaluator: envs.Evaluator, clock: Clock, interrupt: Interrupt) -> bool:
