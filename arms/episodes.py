@@ -1,26 +1,34 @@
-"""Episodes of an arm on disk: one robomimic HDF5 file each, complete or not there, and what is read back from them.
+"""Episodes of an arm on disk: one robomimic HDF5 file each, either whole or not there at all.
 
-    from arms.episodes import Take, layout, load, merge, numbered, reach
-    take = Take(obs)                                  # the first observation, (D,)
-    take.add(action, requested, obs, intervention)    # one step: what ran, what was asked for, what came of it
-    take.drop(obs)                                    # a step was lost: what follows is another piece
-    take.save(path, layout("pick-cube", sizes), success=True)
-    transitions = load([path, ...], layout("pick-cube", sizes))
+    from arms.episodes import Episode, layout, load
+    task = layout("pick-cube", {"joints": 6, "gripper": 1, "eef": 9})
+    episode = Episode(obs)                                 # the first observation, (D,)
+    episode.add(action, requested, obs, intervention)      # one step and the observation after it
+    episode.drop(obs)                                      # a step was lost: a new piece begins
+    episode.outcome = "success"
+    episode.save(path, task, success=True)
+    transitions = load([path, ...], task)                  # arrays for ChunkReplay.extend
 
-A step whose observation was stale is not stored; the episode then consists of several demonstrations, `demo_0`,
-`demo_1`, ..., each without a hole, so no chunk ever crosses one. A success ends its episode with reward 1, a failure
-(key f) with 0, both terminal; running out of time truncates: what would have come next still counts. A success with
-no step since the hole has nothing to carry its reward: the operator is told, the episode is unlabelled, as after a
-time-out. Besides robomimic's own keys each has `intervention` (T,) and `requested` (T, A). Needs h5py. Not here: the
-control loop (robot.py), the format itself (demos/hdf5.py).
+A step with a stale observation is not stored. The episode is then a sequence of pieces, `demo_0`,
+`demo_1`, ..., each without a hole, so no chunk crosses one. A success ends its episode with reward
+1, a failure (key f) with reward 0; both are terminal. Running out of time truncates: what would
+have come next still counts. A success needs a step that carries its reward. If none was stored
+since the last hole, the operator is told and the episode has no label.
 
-Shapes: T steps, D observation, A action.
+Besides robomimic's own keys each piece has `intervention` (T,) and `requested` (T, A). Reading and
+writing an episode of 200 steps takes a few milliseconds. Needs h5py.
+Not here: the control loop (rig.py), the file format itself (demos/hdf5.py).
+
+Shapes: T steps, D observation, A action, L tokens of a vision-language model and W their width.
 """
+
 import contextlib
 import functools
 import hashlib
 import re
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,95 +38,175 @@ from envs import Task
 from logbook import UserError, read_args
 
 
-class Take:
-    """One episode being played. `outcome`: how it ended; `steps`, `dropped`, `interventions`: counts of steps."""
+@dataclass(frozen=True)
+class Layout(Task):
+    """The columns of an arm's observation, as the task that demos/hdf5.py reads and writes.
 
-    def __init__(self, obs):
-        self.pieces, self._outcome = [self._piece(obs)], None
+    token_shape: (L, W) of the last column, where it holds the hidden states of a vision-language
+    model; else None.
+    """
+
+    token_shape: tuple[int, int] | None = None
+
+
+def layout(name: str, sizes: dict[str, int | tuple[int, int]], action_dim: int = 7) -> Layout:
+    """Describe observations with columns of these widths.
+
+    (L, W) instead of a width marks the hidden states of a vision-language model, flat in the file.
+    """
+    shapes = [size for size in sizes.values() if isinstance(size, tuple)]
+    widths = tuple(int(np.prod(size)) for size in sizes.values())
+    return Layout(
+        name=name,
+        suite="arm",
+        env_name=f"arm-{name}",
+        obs_dim=sum(widths),
+        action_dim=action_dim,
+        episode_limit=0,
+        obs_keys=tuple(sizes),
+        obs_sizes=widths,
+        description="",
+        token_shape=shapes[0] if shapes else None,
+    )
+
+
+# ---- one episode being played
+
+
+class Episode:
+    """One episode while it is played.
+
+    outcome: how it ended, None before that. dropped: steps that were lost. pieces: stretches
+    without a hole.
+    """
+
+    def __init__(self, obs: np.ndarray | None):
+        self.pieces = [new_piece(obs)]
         self.dropped = 0
-
-    @staticmethod
-    def _piece(obs):
-        return {"obs": [] if obs is None else [obs], "action": [], "requested": [], "intervention": []}
+        self._outcome = None
 
     @property
-    def outcome(self):
+    def outcome(self) -> str | None:
         return self._outcome
 
     @outcome.setter
-    def outcome(self, label):
-        """"unlabelled" instead of a success that no step could carry: whoever counts must not count that one."""
+    def outcome(self, label: str) -> None:
+        """Set the label; a success that no step can carry becomes "unlabelled"."""
         self._outcome = label
         if label == "success" and not self.pieces[-1]["action"]:
             self._outcome = "unlabelled"
-            with contextlib.suppress(OSError, ValueError):    # the terminal may be gone
-                print("NOT A SUCCESS: no step has been stored since the last hold, so none can bear the reward; the "
-                      "episode has no label", file=sys.stderr)
+            with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+                print(
+                    "NOT A SUCCESS: no step was stored since the last hold, so none can carry the "
+                    "reward; the episode has no label",
+                    file=sys.stderr,
+                )
 
-    def add(self, action, requested, obs, intervention=False):
-        """One step: action (A,) as it ran, requested (A,) before the guard, obs (D,) at the end of its period."""
+    def add(
+        self,
+        action: np.ndarray,
+        requested: np.ndarray,
+        obs: np.ndarray,
+        intervention: bool = False,
+    ) -> None:
+        """Store one step.
+
+        action (A,) as it ran, requested (A,) before the guard, obs (D,) at the end of the period.
+        """
         piece = self.pieces[-1]
         if not piece["obs"]:
-            return self.drop(obs)                             # what it began with is not known
-        for name, value in (("action", action), ("requested", requested), ("obs", obs), ("intervention", intervention)):
-            piece[name].append(np.asarray(value, np.float32))
+            self.drop(obs)  # the observation before this step is unknown
+            return
+        piece["action"].append(np.asarray(action, np.float32))
+        piece["requested"].append(np.asarray(requested, np.float32))
+        piece["obs"].append(np.asarray(obs, np.float32))
+        piece["intervention"].append(bool(intervention))
 
-    def drop(self, obs):
-        """A step was lost; obs (D,) is what it ended with, or None if not even that is known."""
+    def drop(self, obs: np.ndarray | None) -> None:
+        """Count a lost step; a new piece begins at obs (D,), None if that is not known either."""
         self.dropped += 1
         if not self.pieces[-1]["action"]:
             self.pieces.pop()
-        self.pieces.append(self._piece(obs))
+        self.pieces.append(new_piece(obs))
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         return sum(len(piece["action"]) for piece in self.pieces)
 
     @property
-    def interventions(self):
-        return int(sum(np.sum(piece["intervention"]) for piece in self.pieces))
+    def interventions(self) -> int:
+        """Steps that the operator led."""
+        return sum(sum(piece["intervention"]) for piece in self.pieces)
 
-    def save(self, path, task, success, seed=0):
-        """Write the episode to `path`, atomically; success is the label of its last step. False if it has no step."""
-        pieces, demos = [piece for piece in self.pieces if piece["action"]], []
-        for piece in pieces:
-            steps = len(piece["action"])
-            met = np.zeros(steps, bool)
-            met[-1] = success and piece is self.pieces[-1]    # never on a step before a hole
-            requested = np.nan_to_num(np.stack(piece["requested"]), posinf=0.0, neginf=0.0)
-            demos.append({"obs": np.stack(piece["obs"]).astype(np.float32), "action": np.stack(piece["action"]),
-                          "success": met, "failed": self.outcome == "fail" and piece is self.pieces[-1],
-                          "seed": seed, "states": np.zeros((steps, 0), np.float32),
-                          "extra": {"intervention": np.array(piece["intervention"], bool), "requested": requested}})
-        if demos:
-            hdf5.save(path, task, {"env_name": task.env_name, "env_kwargs": {}, "outcome": self.outcome}, demos)
-        return bool(demos)
+    def save(self, path: str | Path, task: Layout, success: bool, seed: int = 0) -> bool:
+        """Write the episode atomically; `success` labels its last step.
 
-
-def layout(name, sizes, action_dim=7):
-    """The columns of an observation, sizes = {key: width}, as the task that demos.hdf5 reads and writes."""
-    return Task(name=name, suite="arm", env_name=f"arm-{name}", obs_dim=sum(sizes.values()), action_dim=action_dim,
-                episode_limit=0, obs_keys=tuple(sizes), obs_sizes=tuple(sizes.values()), description="")
+        Returns False, and writes nothing, if there is no step.
+        """
+        demonstrations = []
+        for piece in self.pieces:
+            if piece["action"]:
+                is_last = piece is self.pieces[-1]  # a label never goes to a step before a hole
+                failed = is_last and self.outcome == "fail"
+                demonstrations.append(as_demonstration(piece, is_last and success, failed, seed))
+        if not demonstrations:
+            return False
+        settings = {"env_name": task.env_name, "env_kwargs": {}, "outcome": self.outcome}
+        if task.token_shape is not None:
+            settings["token_shape"] = task.token_shape
+        hdf5.save(path, task, settings, demonstrations)
+        return True
 
 
-def numbered(folder):
-    """The episode files of a folder in the order they were played."""
-    return sorted((path for path in Path(folder).glob("episode_*.hdf5") if _number(path) >= 0), key=_number)
+def new_piece(obs: np.ndarray | None) -> dict[str, list]:
+    """Begin a stretch of steps at this observation; None if it is unknown."""
+    first = [] if obs is None else [obs]
+    return {"obs": first, "action": [], "requested": [], "intervention": []}
 
 
-def _number(path):
+def as_demonstration(piece: dict[str, list], success: bool, failed: bool, seed: int) -> dict:
+    """Turn a piece of at least one step into what demos.hdf5.save writes."""
+    steps = len(piece["action"])
+    labels = np.zeros(steps, bool)
+    labels[-1] = success
+    requested = np.nan_to_num(np.stack(piece["requested"]), posinf=0.0, neginf=0.0)
+    return {
+        "obs": np.stack(piece["obs"]).astype(np.float32),
+        "action": np.stack(piece["action"]),
+        "success": labels,
+        "failed": failed,
+        "seed": seed,
+        "states": np.zeros((steps, 0), np.float32),
+        "extra": {"intervention": np.array(piece["intervention"], bool), "requested": requested},
+    }
+
+
+# ---- the files of a folder
+
+
+def numbered(folder: str | Path) -> list[Path]:
+    """List the episode files of a folder in the order they were played."""
+    files = [path for path in Path(folder).glob("episode_*.hdf5") if number_of(path) >= 0]
+    return sorted(files, key=number_of)
+
+
+def number_of(path: Path) -> int:
+    """Read the number in a file's name; -1 for somebody else's file."""
     found = re.fullmatch(r"episode_(\d+)", path.stem)
-    return int(found[1]) if found else -1             # a file of somebody else's
+    return int(found[1]) if found else -1
 
 
-def following(folder):
-    """Number and path of the next episode: after the last one, also where one in between was deleted."""
-    number = max(map(_number, numbered(folder)), default=-1) + 1
+def next_file(folder: str | Path) -> tuple[int, Path]:
+    """Number and path of the next episode: after the last, even if earlier ones were deleted."""
+    number = max(map(number_of, numbered(folder)), default=-1) + 1
     return number, Path(folder) / f"episode_{number:05d}.hdf5"
 
 
-def digest(path):
-    """A file's content in 64 characters, None where there is no file: a number is used again once its file is gone."""
+def digest(path: str | Path) -> str | None:
+    """Hash a file's content; None if there is no file.
+
+    Names do not identify episodes: a number is used again once its file is gone.
+    """
     try:
         stat = Path(path).stat()
         return _digest(Path(path), stat.st_size, stat.st_mtime_ns)
@@ -126,81 +214,101 @@ def digest(path):
         return None
 
 
-@functools.lru_cache(maxsize=None)                    # asked several times a second, of all files of a run
-def _digest(path, size, changed):
+@functools.cache  # the learner asks several times a second, for all files of a run
+def _digest(path: Path, size: int, changed: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def load(paths, task):
-    """All steps of these files in order, as demos.hdf5.load gives them. UserError when a file does not fit the task."""
+def refuse_loss(run_dir: str | Path, robot: str) -> None:
+    """Raise UserError if a new run, on `robot`, would delete episodes of a real arm."""
+    count = len(numbered(Path(run_dir) / "episodes"))
+    if robot == "sim":
+        with contextlib.suppress(
+            UserError
+        ):  # without args.json nobody knows whose episodes these are
+            robot = read_args(run_dir).get("robot", robot)
+    if count and robot != "sim":
+        raise UserError(
+            f"{run_dir} holds {count} episodes played on {robot}, which no new run deletes: "
+            f"move the folder away, or go on with --resume {run_dir}"
+        )
+
+
+# ---- what the files hold
+
+
+def load(paths: Sequence[str | Path], task: Layout) -> dict[str, np.ndarray]:
+    """Read all steps of these files in order, as demos.hdf5.load does.
+
+    Raises UserError for a file that does not fit the task.
+    """
     try:
         parts = [hdf5.load(path, task) for path in paths]
     except (ValueError, OSError) as error:
-        raise UserError(f"{error} (this arm's observation is "
-                        f"{', '.join(f'{k} {n}' for k, n in zip(task.obs_keys, task.obs_sizes))}: recorded with other "
-                        "--observe, cameras, --encoder, --backbone or --instruction?)") from error
+        columns = ", ".join(f"{key} {size}" for key, size in zip(task.obs_keys, task.obs_sizes))
+        raise UserError(
+            f"{error} (this arm's observation is {columns}: recorded with other --observe, "
+            "cameras, --encoder, --backbone or --instruction?)"
+        ) from error
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def refuse_loss(run_dir, robot):
-    """UserError if a new run, on `robot`, would delete what a real arm has played in this folder."""
-    count = len(numbered(Path(run_dir) / "episodes"))
-    if robot == "sim":
-        with contextlib.suppress(UserError):          # no args.json: whose episodes these are is not known
-            robot = read_args(run_dir).get("robot", robot)
-    if count and robot != "sim":
-        raise UserError(f"{run_dir} holds {count} episodes played on {robot}, which no new run deletes: move the "
-                        f"folder away, or go on with --resume {run_dir}")
-
-
-def outcome(path):
-    """How the episode of this file ended."""
-    with _whole(path):
-        return hdf5.env_args(path).get("outcome")
-
-
-def length(path):
-    """Steps of this file."""
-    import h5py
-    with _whole(path), h5py.File(path, "r") as file:
-        return int(file["data"].attrs["total"])
-
-
 @contextlib.contextmanager
-def _whole(path):
+def damaged(path: str | Path) -> Iterator[None]:
+    """Turn what a damaged file raises while it is read into one sentence with its name."""
     try:
         yield
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): remove it, nothing else is lost") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged ({reason}): remove it, nothing else is lost") from error
 
 
-def reach(paths):
-    """Where the tool has been in these episodes: lowest and highest place (2, 3) metres."""
+def outcome(path: str | Path) -> str | None:
+    """Read how the episode of this file ended."""
+    with damaged(path):
+        return hdf5.env_args(path).get("outcome")
+
+
+def length(path: str | Path) -> int:
+    """Read the number of steps in this file."""
     import h5py
+
+    with damaged(path), h5py.File(path, "r") as file:
+        return int(file["data"].attrs["total"])
+
+
+def workspace_of(paths: Sequence[str | Path]) -> np.ndarray:
+    """Find the lowest and highest place of the tool in these episodes, (2, 3) in metres."""
+    import h5py
+
     places = []
     for path in paths:
-        with _whole(path), h5py.File(path, "r") as file:
-            places += [file["data"][name]["obs/eef"][:, :3] for name in hdf5.names(file)]
+        with damaged(path), h5py.File(path, "r") as file:
+            for name in hdf5.names(file):
+                places.append(file["data"][name]["obs/eef"][:, :3])
     if not places:
         raise UserError("--box-from-demos: there are no recorded episodes in --data")
     places = np.concatenate(places)
-    return np.array([places.min(0), places.max(0)])
+    return np.array([places.min(axis=0), places.max(axis=0)])
 
 
-def merge(paths, out):
-    """One file of many, atomically: what robomimic's own SequenceDataset opens. Returns its path."""
+def merge(paths: Sequence[str | Path], out: str | Path) -> Path:
+    """Write one file of many, atomically; robomimic's own SequenceDataset opens it."""
     import h5py
-    out, total, keys = Path(out), 0, []
+
+    out = Path(out)
+    total = 0
+    names = []
     with hdf5.building(out) as file:
         data = file.create_group("data")
         for path in paths:
-            with _whole(path), h5py.File(path, "r") as source:
+            with damaged(path), h5py.File(path, "r") as source:
                 for name, value in source["data"].attrs.items():
                     data.attrs[name] = value
                 for name in hdf5.names(source):
-                    keys.append(f"demo_{len(keys)}")
-                    source.copy(source["data"][name], data, keys[-1])
+                    names.append(f"demo_{len(names)}")
+                    source.copy(source["data"][name], data, names[-1])
                     total += int(source["data"][name].attrs["num_samples"])
         data.attrs["total"] = total
-        file.create_dataset("mask/train", data=np.array(keys, dtype="S"))
+        file.create_dataset("mask/train", data=np.array(names, dtype="S"))
     return out
