@@ -1,15 +1,19 @@
-"""Labels and commands from the person at the arm, each key press kept until it is asked for.
+"""Labels and commands from the person at the arm; each key press is kept until it is asked for.
 
     from arms.keypad import ScriptedPad, TerminalPad, open_keypad
     with open_keypad("terminal") as keypad:
         event = keypad.poll()               # "success", "fail", ... or None; never waits
         keypad.gone                         # True once the terminal or the device has disappeared
 
-Keys: s or 1 success, f or 0 fail, d discard, space take over or pause, q quit, x or ESC stop.
-A terminal works over SSH and tmux but must have the focus; an evdev device (a USB keypad or a pedal, the user in group
-`input`, `pip install evdev`) works without. Standard library otherwise.
-Not here: what the events do to the arm (robot.py).
+Keys: s or 1 success, f or 0 fail, d discard, space take over or pause, q quit, x or ESC stop. A
+terminal works over SSH and tmux but must have the focus. An evdev device (a USB keypad or a
+pedal, the user in group `input`, `pip install evdev`) works without focus. Not here: what the
+events do to the arm (rig.py).
 """
+
+from __future__ import annotations
+
+import contextlib
 import os
 import re
 import select
@@ -18,10 +22,31 @@ import time
 
 from logbook import UserError
 
-KEYS = {"s": "success", "1": "success", "f": "fail", "0": "fail", "d": "discard", " ": "pause", "q": "quit",
-        "x": "stop", "\x1b": "stop"}
-CODES = {"KEY_S": "s", "KEY_1": "1", "KEY_KP1": "1", "KEY_F": "f", "KEY_0": "0", "KEY_KP0": "0", "KEY_D": "d",
-         "KEY_SPACE": " ", "KEY_KPENTER": " ", "KEY_Q": "q", "KEY_X": "x", "KEY_ESC": "\x1b"}
+KEYS = {
+    "s": "success",
+    "1": "success",
+    "f": "fail",
+    "0": "fail",
+    "d": "discard",
+    " ": "pause",
+    "q": "quit",
+    "x": "stop",
+    "\x1b": "stop",
+}
+CODES = {
+    "KEY_S": "s",
+    "KEY_1": "1",
+    "KEY_KP1": "1",
+    "KEY_F": "f",
+    "KEY_0": "0",
+    "KEY_KP0": "0",
+    "KEY_D": "d",
+    "KEY_SPACE": " ",
+    "KEY_KPENTER": " ",
+    "KEY_Q": "q",
+    "KEY_X": "x",
+    "KEY_ESC": "\x1b",
+}
 HELP = "keys: s success, f fail, d discard, space take over / pause, q quit, x or ESC stop and hold"
 
 
@@ -29,24 +54,29 @@ class ScriptedPad:
     """For tests and simulations: one entry per poll, an event or None; silent after the last."""
 
     def __init__(self, events=()):
-        self.events, self.gone = list(events), False
+        self.events = list(events)
+        self.gone = False
 
-    def poll(self):
-        """The next event, or None."""
+    def poll(self) -> str | None:
+        """Return the next event, or None."""
         return self.events.pop(0) if self.events else None
 
-    def forget(self):
-        """Before a question: only what is pressed from now on answers it. A script has no old keys."""
+    def forget(self) -> None:
+        """Forget old keys, so that only later ones answer a question; a script has none."""
 
-    def wait(self, seconds):
-        """The next event within so many seconds, or None."""
+    def wait(self, seconds: float) -> str | None:
+        """Return the next event within so many seconds, or None."""
         end = time.monotonic() + seconds
-        while (event := self.poll()) is None and not self.gone and time.monotonic() < end and self._more(end):
-            pass
+        event = self.poll()
+        while event is None and not self.gone and time.monotonic() < end:
+            if not self._wait_for_more(end):
+                break
+            event = self.poll()
         return event
 
-    def _more(self, end):
-        return bool(self.events)                      # a script has no more to say later
+    def _wait_for_more(self, end: float) -> bool:
+        """Wait a little for another event; False where none can come."""
+        return bool(self.events)
 
     def __enter__(self):
         return self
@@ -58,63 +88,71 @@ class ScriptedPad:
 class TerminalPad(ScriptedPad):
     """Key presses of a terminal in cbreak mode, which __exit__ restores. Ctrl-C stays a signal."""
 
-    def __init__(self, descriptor=None):
+    def __init__(self, descriptor: int | None = None):
         super().__init__()
         self.descriptor = sys.stdin.fileno() if descriptor is None else descriptor
-        self._begun, self._until = b"", 0.0           # of a function key, and how long the rest may take
+        self._begun = b""  # the bytes of a function key that have come so far
+        self._until = 0.0  # and how long its rest may take
 
     def __enter__(self):
         import termios
         import tty
+
         if not os.isatty(self.descriptor):
-            raise UserError("the keypad needs a terminal and standard input is none: start robot.py in one, name a "
-                            "device with --keypad /dev/input/by-id/..., or use --keypad none on the simulated arm")
+            raise UserError(
+                "the keypad needs a terminal and standard input is none: start robot.py in one, "
+                "name a device with --keypad /dev/input/by-id/..., or use --keypad none on the "
+                "simulated arm"
+            )
         self._saved = termios.tcgetattr(self.descriptor)
         tty.setcbreak(self.descriptor)
         return self
 
     def __exit__(self, *_):
         import termios
-        try:
-            termios.tcsetattr(self.descriptor, termios.TCSADRAIN, self._saved)
-        except (termios.error, OSError):
-            pass                                      # the terminal is gone, and its mode with it
 
-    def poll(self):
-        """The oldest event not yet asked for, or None; a stop overtakes all that was pressed before it."""
+        # where the terminal is gone, its mode has gone with it
+        with contextlib.suppress(termios.error, OSError):
+            termios.tcsetattr(self.descriptor, termios.TCSADRAIN, self._saved)
+
+    def poll(self) -> str | None:
+        """Return the oldest event, or None; a stop overtakes all that was pressed before it."""
         if not self.gone:
             self._read()
         if "stop" in self.events:
             self.events = ["stop"]
         return super().poll()
 
-    def forget(self):
+    def forget(self) -> None:
+        """Forget what was pressed so far, but for quit and stop."""
         if not self.gone:
             self._read()
         self.events = [event for event in self.events if event in ("quit", "stop")]
 
-    def _read(self):
+    def _read(self) -> None:
         try:
             while select.select([self.descriptor], [], [], 0)[0]:
                 data = os.read(self.descriptor, 1024)
                 if not data:
                     raise OSError("end of file")
-                data = data if time.monotonic() > self._until else self._begun + data
+                if time.monotonic() <= self._until:
+                    data = self._begun + data
                 self._begun = re.search(rb"(\x1b[\[O][0-9;]*)?\Z", data)[0]
                 self._until = time.monotonic() + 0.3
-                self.events += events(data[:len(data) - len(self._begun)])
-        except OSError:                               # also EIO: the other end of the pseudo-terminal was closed
+                self.events += events(data[: len(data) - len(self._begun)])
+        except OSError:  # also EIO: the other end of the pseudo-terminal was closed
             self.gone = True
 
-    def _more(self, end):
-        select.select([self.descriptor], [], [], max(0.0, min(0.05, end - time.monotonic())))
+    def _wait_for_more(self, end: float) -> bool:
+        seconds = max(0.0, min(0.05, end - time.monotonic()))
+        select.select([self.descriptor], [], [], seconds)
         return True
 
 
 class EvdevPad(TerminalPad):
     """A keypad or pedal of its own, for this program alone; key presses only, never repeats."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         try:
             import evdev
         except ImportError as error:
@@ -122,8 +160,10 @@ class EvdevPad(TerminalPad):
         try:
             self.device = evdev.InputDevice(path)
         except OSError as error:
-            raise UserError(f"cannot open the keypad {path} ({error.strerror}): is it plugged in, and are you in the "
-                            "group input?") from error
+            raise UserError(
+                f"cannot open the keypad {path} ({error.strerror}): is it plugged in, and are you "
+                "in the group input?"
+            ) from error
         super().__init__(self.device.fd)
         self._names = evdev.ecodes.KEY
 
@@ -132,41 +172,49 @@ class EvdevPad(TerminalPad):
             self.device.grab()
         except OSError as error:
             self.device.close()
-            raise UserError(f"cannot have the keypad {self.device.path} for this program alone ({error.strerror}): "
-                            "another one holds it") from error
+            raise UserError(
+                f"cannot have the keypad {self.device.path} for this program alone "
+                f"({error.strerror}): another one holds it"
+            ) from error
         return self
 
     def __exit__(self, *_):
         self.device.close()
 
-    def _read(self):
+    def _read(self) -> None:
         try:
             while select.select([self.descriptor], [], [], 0)[0]:
                 for event in self.device.read():
-                    names = self._names.get(event.code, ())
-                    names = (names,) if isinstance(names, str) else names
-                    if event.type == 1 and event.value == 1:            # EV_KEY, pressed
-                        self.events += [KEYS[CODES[name]] for name in names if name in CODES][:1]
-        except OSError:                               # unplugged
+                    if event.type == 1 and event.value == 1:  # EV_KEY, pressed
+                        self._press(event.code)
+        except OSError:  # unplugged
             self.gone = True
 
-
-def events(data):
-    """Bytes of a terminal -> events. An arrow or function key (ESC [ or ESC O ...) is none; a lone ESC is stop."""
-    text, found, i = data.decode("ascii", "replace"), [], 0
-    while i < len(text):
-        if text[i] == "\x1b" and text[i + 1:i + 2] in ("[", "O"):
-            i += 2
-            while i < len(text) and not text[i].isalpha() and text[i] != "~":
-                i += 1
-        elif text[i].lower() in KEYS:
-            found.append(KEYS[text[i].lower()])
-        i += 1
-    return found
+    def _press(self, code: int) -> None:
+        """Keep the event of a key; a code may have several names."""
+        names = self._names.get(code, ())
+        if isinstance(names, str):
+            names = (names,)
+        for name in names:
+            if name in CODES:
+                self.events.append(KEYS[CODES[name]])
+                return
 
 
-def open_keypad(name):
-    """"terminal", "none" or the path of an input device -> a keypad, to be used in a with statement."""
+def events(data: bytes) -> list[str]:
+    """Turn bytes of a terminal into events.
+
+    An arrow or function key (ESC [ or ESC O ...) is none; a lone ESC is stop.
+    """
+    text = data.decode("ascii", "replace")
+    text = re.sub(r"\x1b[\[O][^A-Za-z~]*[A-Za-z~]?", "", text)
+    return [KEYS[key] for key in text.lower() if key in KEYS]
+
+
+def open_keypad(name: str) -> ScriptedPad:
+    """Open "terminal", "none" or the path of an input device, to be used in a with statement."""
     if name == "none":
         return ScriptedPad()
-    return TerminalPad() if name == "terminal" else EvdevPad(name)
+    if name == "terminal":
+        return TerminalPad()
+    return EvdevPad(name)
