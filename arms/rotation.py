@@ -14,13 +14,13 @@ import functools
 
 import numpy as np
 
+from simulators import import_simulator
+
 
 @functools.cache
 def load_mujoco():
     """Import MuJoCo once, without a display; looking the module up costs more than a whole FK."""
-    import envs
-
-    return envs._import("mujoco", False)
+    return import_simulator("mujoco", False)
 
 
 def rotation_matrix(vector) -> np.ndarray:

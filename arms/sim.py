@@ -28,11 +28,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 
 import arms
-import envs
+import simulators
 from arms.piper_model import KEYS, OPENING, limits, mjcf, piper_profile
 from arms.senses import PERIOD
 from logbook import UserError
@@ -90,7 +91,7 @@ OPTIONS = (
     'offheight="640"/><quality shadowsize="0" offsamples="0"/></visual>'
 )
 DRAWING = (
-    "import envs; mujoco = envs._import('mujoco', True); "
+    "import simulators; mujoco = simulators.import_simulator('mujoco', True); "
     "model = mujoco.MjModel.from_xml_string('<mujoco/>'); mujoco.Renderer(model, 16, 16).render()"
 )
 
@@ -130,7 +131,7 @@ def can_draw() -> bool:
     if arms.MUJOCO_GL == "disable":
         return False
     environment = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
-    environment["PYTHONPATH"] = os.path.dirname(os.path.abspath(envs.__file__))
+    environment["PYTHONPATH"] = str(Path(simulators.__file__).parent.parent)
     command = [sys.executable, "-c", DRAWING]
     try:
         result = subprocess.run(command, env=environment, capture_output=True, timeout=60)
@@ -170,7 +171,7 @@ class SimArm:
         self.episode = 0
         self.profile = piper_profile(rest=REST)
         self.kinematics = self.profile.kinematics()
-        self._mujoco = envs._import("mujoco", draw)
+        self._mujoco = simulators.import_simulator("mujoco", draw)
         self._model = self._mujoco.MjModel.from_xml_string(scene(task, clearance))
         self._data = self._mujoco.MjData(self._model)
         self._renderer = None
