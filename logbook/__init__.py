@@ -9,7 +9,8 @@ tables.py       progress.csv and eval.csv       events.py       TensorBoard
 checkpoints.py  atomic, verified files          optimizers.py   Adam's state, checked
 console.py      Interrupt, Clock, Progress      report.py       the rows of progress.csv
 devices.py      device, torch's random numbers  errors.py       UserError, cli
-intervals.py    Wilson's interval               figure.py       curve.png, comparisons, the grid
+series.py       success of runs and seeds       figure.py       curve.png, comparisons, the grid
+intervals.py    Wilson's interval
 
 `python -m logbook RUN` redraws its curve.png. Imports no project file.
 Not here: seeding and generators (each script owns its own), what is worth logging.
@@ -33,7 +34,7 @@ from .intervals import wilson
 from .old import check_kept, check_numbers, fitting, plainly  # until their users are rewritten
 from .optimizers import keep_rate, load_optimizer
 from .report import Report
-from .tables import read_run
+from .series import read_run
 
 __all__ = [
     "VERSION",

@@ -7,7 +7,6 @@ wrote it is refused with the file's name and the line: dropping it would silentl
 Not here: who writes which rows (book.py), what they mean (figure.py).
 """
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -99,37 +98,3 @@ def _check_cell(kind: str, cell: str) -> None:
 def _damaged(path: Path, where: str, error: ValueError) -> UserError:
     advice = "put it right, or start a new run"
     return UserError(f"{path} is damaged{where} ({error}): {advice}")
-
-
-def read_run(folder: str | Path) -> tuple[list, dict]:
-    """Read what a run's figures show.
-
-    Returns the running success as [(step, share)], where it was known, and the evaluations as
-    {acting: {step: (successes, episodes)}}. Raises UserError for what is no run folder.
-    """
-    columns, rows = _read_existing(folder, "progress.csv")
-    if not columns or columns[0] != "step":
-        raise UserError(f"{folder}/progress.csv is damaged (its first column is not step)")
-    running = []
-    if "success" in columns:
-        place = columns.index("success")
-        for row in rows:
-            if row[place] and math.isfinite(float(row[place])):
-                running.append((float(row[0]), float(row[place])))
-    columns, rows = _read_existing(folder, "eval.csv")
-    if columns != EVAL_COLUMNS:
-        wanted = ",".join(EVAL_COLUMNS)
-        raise UserError(f"{folder}/eval.csv is damaged (its columns are not {wanted})")
-    evaluations = {}
-    for step, acting, _, success, _, _ in rows:
-        counts = evaluations.setdefault(acting, {})
-        successes, episodes = counts.get(float(step), (0, 0))
-        counts[float(step)] = (successes + int(success), episodes + 1)
-    return running, evaluations
-
-
-def _read_existing(folder: str | Path, name: str) -> tuple[list[str], list[list[str]]]:
-    path = Path(folder) / name
-    if not path.exists():
-        raise UserError(f"{folder} is not a run folder: it has no {name}")
-    return read_table(path)
