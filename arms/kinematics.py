@@ -108,8 +108,9 @@ class Kinematics:
         """Take one damped step; the other joints make up for one at the end of its range."""
         self._mujoco.mj_comPos(self._model, self._data)
         self._mujoco.mj_jacSite(self._model, self._data, self._linear, self._angular, self._site)
-        jacobian = np.vstack([self._linear[:, self._dofs], self._angular[:, self._dofs]])
-        jacobian = jacobian * self._weights[:, None]
+        jacobian = np.vstack([self._linear, self._angular])[:, self._dofs]
+        # in one memory order everywhere, so that BLAS rounds alike
+        jacobian = np.ascontiguousarray(jacobian) * self._weights[:, None]
         free = np.ones(len(joints), dtype=bool)
         low, high = self.limits.T
         for _ in range(len(joints)):
