@@ -98,10 +98,10 @@ def head(args: Any, task: Layout) -> torch.nn.Module:
     """Build an untrained flow head, without its model, for observations of this layout."""
     from vla_head import VLAFlowHead
 
-    attention_heads = max(args.channels // 32, 1)
-    if args.channels % math.lcm(attention_heads, 2):
+    if args.channels % math.lcm(args.attention_heads, 2):
         raise UserError(
-            f"--channels must be even, from 64 on a multiple of 32, got {args.channels}"
+            f"--attention-heads, and 2, must divide --channels, got {args.attention_heads} and "
+            f"{args.channels}"
         )
     length, width = task.token_shape
     return VLAFlowHead(
@@ -112,6 +112,6 @@ def head(args: Any, task: Layout) -> torch.nn.Module:
         args.horizon,
         args.channels,
         args.blocks,
-        attention_heads,
+        args.attention_heads,
         args.flow_steps,
     )
