@@ -615,7 +615,7 @@ def test_a_run_is_resumed_only_with_its_own_backbone_and_instruction(run, tmp_pa
     run(f"--resume part --online-steps 12 --backbone {tiny_backbone('same')}")
     with pytest.raises(UserError, match="nowhere"):  # before anything is deleted
         run(f"{TOY} --run-dir part --overwrite --backbone nowhere")
-    assert load_checkpoint("part")["step"] == 12
+    assert load_checkpoint("part")["world"]["steps"] == 12
 
 
 @pytest.mark.sim
