@@ -296,7 +296,10 @@ def numbers(values, size: int) -> np.ndarray | None:
     require grad, objects whose conversion raises. The guard holds on all of them.
     """
     try:
-        array = np.array(values, dtype=float)
+        array = np.array(values)
+        if array.dtype.kind in "SUc":  # a text that reads as a number is none
+            return None
+        array = array.astype(float)
     except Exception:
         return None
     if array.shape != (size,) or not np.isfinite(array).all():
