@@ -121,7 +121,7 @@ def draw_run(axes: Any, folder: Path) -> None:
         axes.errorbar(
             steps + 0.006 * last * index,  # so that the two ways' intervals stand side by side
             rate,
-            yerr=[rate - low, high - rate],
+            yerr=np.stack([rate - low, high - rate]),
             fmt="o-",
             markersize=5,
             linewidth=1.6,
@@ -265,7 +265,12 @@ def label_ends(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
             color=color,
             fontsize=9,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.6,
+                "relpos": (0, 0.5),
+            },
             annotation_clip=False,
         )
 

@@ -69,7 +69,9 @@ def _check_group(saved: Any, numbers: list[int]) -> None:
     if saved["params"] != numbers:
         raise ValueError(f"the optimiser has {len(numbers)} parameters, others were saved")
     betas = saved["betas"]
-    if not isinstance(betas, tuple) or not all(_is_number(beta) and beta < 1 for beta in betas):
+    if not isinstance(betas, tuple) or len(betas) != 2 or not all(map(_is_number, betas)):
+        raise ValueError(f"the optimiser's betas are {betas!r:.80}")
+    if max(betas) >= 1:
         raise ValueError(f"the optimiser's betas are {betas!r:.80}")
     for name in ("eps", "weight_decay"):
         if not _is_number(saved[name]):

@@ -7,6 +7,7 @@ wrote it is refused with the file's name and the line: dropping it would silentl
 Not here: who writes which rows (book.py), what they mean (figure.py).
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .errors import UserError, reason
 
 EVAL_COLUMNS = ["step", "acting", "seed", "success", "length", "return"]
 EVAL_KINDS = ("whole", "name", "whole", "flag", "whole", "number")
+NUMBER = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?|inf|nan)")  # as Python writes it
 LARGEST_FILE = 1 << 28  # bytes; a million rows of progress.csv are 2^29, a long run has thousands
 LONGEST_CELL = 100  # characters of a number or a name
 
@@ -88,11 +90,8 @@ def _check_cell(kind: str, cell: str) -> None:
         raise ValueError(f"{cell!r} is neither 0 nor 1")
     if kind == "name" and (not cell or '"' in cell):
         raise ValueError(f"{cell!r} is no name")
-    if kind == "number":
-        try:
-            float(cell)
-        except ValueError:
-            raise ValueError(f"{cell!r} is no number") from None
+    if kind == "number" and not NUMBER.fullmatch(cell):
+        raise ValueError(f"{cell!r} is no number")
 
 
 def _damaged(path: Path, where: str, error: ValueError) -> UserError:
