@@ -134,21 +134,23 @@ def m_step(
     clip: float = math.inf,
     anchor=demonstrations,
     steps: int = 400,
+    rows: int = 8,
     surrogate=m_step_loss,
 ) -> FlowPolicy:
     """Distil weighted candidates (STATES, N, 1, 2) into a copy of the prior: POCO's M-step.
 
     `anchor(n)` draws the replayed chunks of the cloning term. With a large guidance that term is
-    negligible. `surrogate` is poco.m_step_loss, or a broken one where a bug is planted.
+    negligible. A step takes `rows` states. `surrogate` is poco.m_step_loss, or a broken one where
+    a bug is planted.
     """
     policy = copy.deepcopy(prior)
     context = NOTHING.expand(len(candidates), 1)
 
     def loss():
-        rows = torch.randint(len(candidates), (8,))
-        chunk = anchor(8)
+        at = torch.randint(len(candidates), (rows,))
+        chunk = anchor(rows)
         return surrogate(
-            policy, context[rows], chunk, None, candidates[rows], weights[rows], guidance, clip
+            policy, context[at], chunk, None, candidates[at], weights[at], guidance, clip
         )[0]
 
     train(policy, steps, 0.005, loss)
@@ -158,6 +160,23 @@ def m_step(
 def actions_of(policy: FlowPolicy, n: int = 20_000) -> Tensor:
     """Draw n actions of the policy, (n, 2)."""
     return policy.sample(NOTHING, n)[0, :, 0]
+
+
+# ---- committed runs ------------------------------------------------------------------------------
+
+RUNS = (
+    *(f"lift/{name}-s{seed}" for name in ("poco", "poco-posterior") for seed in range(3)),
+    *(f"{task}/poco-s{seed}" for task in ("can", "square") for seed in range(3)),
+    "lift-paper/demos-20-s0",  # the paper's clip, 0.15
+)
+
+
+def run_folder(name: str) -> Path:
+    """Return the folder of a committed run, for example lift/poco-s0."""
+    for results in (ROOT / "benchmarks" / "results", ROOT / "benchmarks"):
+        if (results / name / "progress.csv").exists():
+            return results / name
+    raise FileNotFoundError(f"no progress.csv of {name} under {ROOT / 'benchmarks' / 'results'}")
 
 
 # ---- numbers and figures -------------------------------------------------------------------------
