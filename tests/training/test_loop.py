@@ -188,7 +188,8 @@ def test_warm_up_evaluations_rows_and_the_best_checkpoint(tmp_path, monkeypatch)
         assert acting is not agent.actors[acting.mode]
         asked.append((step, acting.mode, episodes))
         success = np.arange(episodes) < episodes * RATES[acting.mode].get(step, 0.0)
-        return envs.EvalResult(np.arange(episodes), success, np.ones(episodes), np.ones(episodes))
+        lengths = np.ones(episodes, int)
+        return envs.EvalResult(np.arange(episodes), success, lengths, np.ones(episodes))
 
     monkeypatch.setattr(train_online, "run_evaluation", run_evaluation)
     columns = [
