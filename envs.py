@@ -13,13 +13,16 @@ Shapes: D observation, A action, H chunk, T steps of an episode, E evaluation ep
 of a goal.
 """
 
-import concurrent.futures
 import contextlib
+import functools
+import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +55,7 @@ class Task:
     goal: Goal | None = None  # of OGBench's tasks
     counts: bool = False  # the reward is minus the number of unmet conditions, not 1 when all hold
     paper: dict[str, Any] = field(default_factory=dict)
-    paper_online: dict[str, Any] = field(default_factory=dict)  # Table II, where it differs
+    paper_online: dict[str, Any] = field(default_factory=dict)  # what --setting online changes
     cpu: dict[str, Any] = field(default_factory=dict)
     cpu_online: dict[str, Any] = field(default_factory=dict)
 
@@ -76,16 +79,10 @@ class Task:
             return met.sum(-1) - float(self.conditions)
         return met.all(-1) * 1.0
 
-    def met(self, qpos: np.ndarray, buttons: np.ndarray | None = None) -> np.ndarray:
-        """Say which conditions of an OGBench goal hold, (..., C) bool."""
-        from simulators.ogbench_env import met
 
-        return met(self.goal, qpos, buttons)
-
-
-# What the `cpu` preset sets for every task, beside the task's own block. All of it is ours: the
-# same method with less work, so that two cores finish in minutes. The `paper` preset's common
-# values (Sec. V-A1, Tables II-III) are the defaults of the training scripts.
+# What the `cpu` preset sets for every task, beside the task's own block; no key stands in both. All
+# of it is ours: the same method with less work, so that two cores finish in minutes. The `paper`
+# preset's common values (Sec. V-A1, Tables II-III) are the defaults of the training scripts.
 CPU = {
     "hidden": 256,
     "layers": 3,
@@ -93,8 +90,6 @@ CPU = {
     "batch_size": 128,
     "num_candidates": 16,
     "threads": min(2, os.cpu_count() or 1),
-    "reward_offset": -0.01,
-    "temperature": 0.01,
     "clip": 0.6,
     "policy_tau": 0.005,
     "eval_episodes": 50,
@@ -127,6 +122,8 @@ TASKS: dict[str, Task] = {
             "capacity": 8000,
             "online_learning_rate": 1e-3,
             "critic_learning_rate": 1e-3,
+            "reward_offset": -0.01,
+            "temperature": 0.01,
         },
     ),
     "can": Task(
@@ -155,6 +152,8 @@ TASKS: dict[str, Task] = {
             "heads": 5,
             "pessimism": 1.0,
             "tau": 0.02,
+            "reward_offset": -0.01,
+            "temperature": 0.01,
         },
         cpu_online={"warmup_steps": 1000, "demo_share": 0.5},
     ),
@@ -192,6 +191,8 @@ TASKS: dict[str, Task] = {
             "heads": 5,
             "pessimism": 1.0,
             "tau": 0.02,
+            "reward_offset": -0.01,
+            "temperature": 0.01,
         },
         cpu_online={"warmup_steps": 1000, "demo_share": 0.5},
     ),
@@ -226,6 +227,8 @@ TASKS: dict[str, Task] = {
             "heads": 5,
             "pessimism": 1.0,
             "tau": 0.02,
+            "reward_offset": -0.01,
+            "temperature": 0.01,
         },
         cpu_online={"warmup_steps": 1000, "demo_share": 0.5},
     ),
@@ -260,6 +263,8 @@ TASKS: dict[str, Task] = {
             "heads": 5,
             "pessimism": 1.0,
             "tau": 0.02,
+            "reward_offset": -0.01,
+            "temperature": 0.01,
         },
         cpu_online={"warmup_steps": 1000, "demo_share": 0.5},
     ),
@@ -351,17 +356,24 @@ def get_task(task: str | Task) -> Task:
 
 
 def settings(task: str | Task, preset: str, setting: str = "offline-to-online") -> dict[str, Any]:
-    """Return what a preset sets of the training scripts' arguments.
+    """Return what a preset ("paper" or "cpu") sets of the training scripts' arguments.
 
-    setting "online" is Table II: demonstrations in the replay, no pre-training.
+    setting is "offline-to-online" (Table III), or "online" (Table II: demonstrations in the replay,
+    no pre-training). Raises ValueError for another preset or setting.
     """
     task = get_task(task)
-    common = CPU if preset == "cpu" else {}
-    own = task.cpu if preset == "cpu" else task.paper
-    values = {"episode_limit": task.episode_limit} | common | own
+    if preset == "paper":
+        values = {"episode_limit": task.episode_limit} | task.paper
+        online = task.paper_online
+    elif preset == "cpu":
+        values = {"episode_limit": task.episode_limit} | CPU | task.cpu
+        online = task.cpu_online
+    else:
+        raise ValueError(f"the preset is paper or cpu, got '{preset}'")
     if setting == "online":
-        values |= task.cpu_online if preset == "cpu" else task.paper_online
-        values["pretrain_steps"] = 0
+        return values | online | {"pretrain_steps": 0}
+    if setting != "offline-to-online":
+        raise ValueError(f"the setting is offline-to-online or online, got '{setting}'")
     return values
 
 
@@ -533,7 +545,8 @@ def run_episode(
 class Evaluator:
     """Evaluates policies again and again, in this process or in a pool; a context manager.
 
-    make_env() builds an environment. With workers > 1 it and the policies must be picklable.
+    make_env() builds an environment. With workers > 1 it and the policies must be picklable. The
+    episodes are bitwise the same however many workers play them.
     """
 
     def __init__(self, make_env: Callable[[], gymnasium.Env], workers: int = 1):
@@ -543,43 +556,55 @@ class Evaluator:
         self._pool = None
 
     def run(self, policy: Policy, episodes: int, seed: int) -> EvalResult:
-        """Play exactly `episodes` full episodes with reset seeds seed, seed + 1, ..."""
+        """Play exactly `episodes` full episodes with reset seeds seed, seed + 1, ...
+
+        Raises RuntimeError if a worker fails or dies; the next run starts new ones.
+        """
         if episodes < 1:
             raise ValueError(f"evaluation needs at least one episode, got {episodes}")
         seeds = range(seed, seed + episodes)
         if self.workers > 1:
             rows = self._run_in_pool(policy, seeds)
         else:
-            if self._env is None:
-                self._env = self.make_env()
-            with one_thread():
-                rows = [run_episode(policy, self._env, one) for one in seeds]
+            rows = self._run_here(policy, seeds)
         return EvalResult(*(np.array(column) for column in zip(*rows)))
 
+    def _run_here(self, policy, seeds):
+        if self._env is None:
+            self._env = self.make_env()
+        with one_thread():
+            return [run_episode(policy, self._env, one) for one in seeds]
+
     def _run_in_pool(self, policy, seeds):
+        pickled = pickle.dumps(policy)  # once, not once per episode
         if self._pool is None:
-            self._pool = concurrent.futures.ProcessPoolExecutor(
+            self._pool = ProcessPoolExecutor(
                 self.workers,
                 multiprocessing.get_context("spawn"),  # fork would copy torch's locked threads
                 initializer=_start_worker,
                 initargs=(self.make_env,),
             )
         try:
-            futures = [self._pool.submit(_worker_episode, policy, one) for one in seeds]
-            return [future.result() for future in futures]
+            return list(self._pool.map(_worker_episode, itertools.repeat(pickled), seeds))
         except BrokenProcessPool as error:
             self.close()
             raise RuntimeError(
                 "an evaluation worker died: out of memory (try --workers 1), or the main script "
                 "lacks its `if __name__ == '__main__':` guard"
             ) from error
+        except Exception as error:
+            self.close()
+            raise RuntimeError(
+                f"an evaluation worker failed: {type(error).__name__}: {error}"
+            ) from error
         except BaseException:
-            self.close()  # what an interrupted call still had to do must not delay the next one
+            self.close()  # Ctrl-C: drop the episodes that have not begun
             raise
 
     def close(self) -> None:
+        """End the workers, after the episodes they are playing, and close the environment."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
             self._pool = None
         if self._env is not None:
             self._env.close()
@@ -593,7 +618,7 @@ class Evaluator:
 
 
 _worker_make_env = None
-_worker_env = None  # a worker process has one environment
+_worker_env = None  # each worker process has one environment
 
 
 def _start_worker(make_env):
@@ -611,11 +636,12 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _worker_episode(policy, seed):
+def _worker_episode(pickled_policy, seed):
     global _worker_env
 
     if _worker_env is None:  # here, so that its errors reach the parent
         _worker_env = _worker_make_env()
+    policy = pickle.loads(pickled_policy)  # it comes from our own parent
     return run_episode(policy, _worker_env, seed)
 
 
@@ -629,21 +655,11 @@ def evaluate(
     env_args: dict | None = None,
 ) -> EvalResult:
     """Play `episodes` full episodes of a task. With workers > 1 the policy must be picklable."""
-    build = EnvBuilder(get_task(task), episode_limit, env_args)
+    build = functools.partial(
+        make_env, get_task(task), episode_limit=episode_limit, env_args=env_args
+    )
     with Evaluator(build, workers) as evaluator:
         return evaluator.run(policy, episodes, seed)
-
-
-@dataclass(frozen=True)
-class EnvBuilder:
-    """Builds an environment of a task when it is called; picklable."""
-
-    task: Task
-    episode_limit: int | None = None
-    env_args: dict | None = None
-
-    def __call__(self, render_mode: str | None = None) -> gymnasium.Env:
-        return make_env(self.task, None, render_mode, self.episode_limit, self.env_args)
 
 
 def record(
@@ -659,8 +675,8 @@ def record(
         from imageio import get_writer
     except ImportError as error:
         raise ImportError("videos need ffmpeg: pip install imageio imageio-ffmpeg") from error
-    env = make_env(render_mode="rgb_array")
-    with get_writer(path, fps=env.metadata["render_fps"]) as writer, one_thread():
-        for one in range(seed, seed + episodes):
-            run_episode(policy, env, one, on_step=lambda _: writer.append_data(env.render()))
-    env.close()
+    with contextlib.closing(make_env(render_mode="rgb_array")) as env:
+        writer = get_writer(path, fps=env.metadata["render_fps"])
+        with writer, one_thread():
+            for one in range(seed, seed + episodes):
+                run_episode(policy, env, one, on_step=lambda _: writer.append_data(env.render()))

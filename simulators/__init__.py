@@ -8,6 +8,7 @@ simulators' speed patches, each bitwise equal to the code it replaces.
 Not here: the table of tasks and its rewards (envs.py), demonstrations (demos/).
 """
 
-from .base import Goal, SimulatorEnv, import_simulator, make
+from .base import SimulatorEnv, import_simulator, make
+from .ogbench_env import Goal
 
 __all__ = ["Goal", "SimulatorEnv", "import_simulator", "make"]

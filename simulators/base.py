@@ -12,7 +12,7 @@ import importlib
 import logging
 import os
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -21,19 +21,12 @@ from threadpoolctl import threadpool_limits
 RENDERERS = ("egl", "osmesa", "cgl")
 
 
-class Goal(NamedTuple):
-    """The conditions of an OGBench goal: cubes (x, y, z) in m, button states, slides in m."""
-
-    cubes: tuple = ()
-    buttons: tuple = ()
-    slides: tuple = ()
-
-
 class SimulatorEnv(gymnasium.Env):
     """One task: terminates at the first success, truncates at the limit, clips actions.
 
     An episode is a function of (reset seed, actions), bitwise, in a fresh environment or a used
-    one. A suite adds _build, _reset, _advance and _draw.
+    one. A suite adds _build, _reset, _advance and _draw. `episode_seed` is that of the episode,
+    also where reset() drew it itself.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -72,9 +65,11 @@ class SimulatorEnv(gymnasium.Env):
             ) from error
 
     def _build(self, render: bool, env_args: dict | None) -> None:
+        """Make self.simulator."""
         raise NotImplementedError
 
     def _reset(self, seed: int) -> np.ndarray:
+        """Begin the episode of a seed and return its first observation (D,)."""
         raise NotImplementedError
 
     def _advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,6 +77,7 @@ class SimulatorEnv(gymnasium.Env):
         raise NotImplementedError
 
     def _draw(self) -> np.ndarray:
+        """Return a picture (height, width, 3) uint8."""
         raise NotImplementedError
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -124,13 +120,10 @@ class SimulatorEnv(gymnasium.Env):
 
 
 def import_simulator(module: str, render: bool) -> ModuleType:
-    """Import a simulator without its warnings, and without a display unless something is drawn."""
-    if render:
-        if os.environ.get("MUJOCO_GL") not in RENDERERS:
-            os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "osmesa"
-    else:
-        # Whatever the environment asks for, training draws nothing and needs no OpenGL.
-        os.environ.setdefault("MUJOCO_GL", "disable")
+    """Import a simulator without its warnings, and without OpenGL unless something is drawn."""
+    if render and os.environ.get("MUJOCO_GL") not in RENDERERS:
+        os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "osmesa"
+    os.environ.setdefault("MUJOCO_GL", "disable")
     chosen = os.environ["MUJOCO_GL"]
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -145,7 +138,7 @@ def import_simulator(module: str, render: bool) -> ModuleType:
         os.environ["MUJOCO_GL"] = chosen  # robosuite sets egl, which worker processes would inherit
     if render:
         opengl = importlib.import_module("mujoco.gl_context")
-        if not hasattr(opengl, "GLContext"):  # imported when nothing was to be drawn
+        if "GLContext" not in vars(opengl):  # imported when nothing was to be drawn
             importlib.reload(opengl)
     # numpy's BLAS, not torch's. To solve for 6 joints it would wake every core, which is slow on a
     # busy machine, and it would round differently from one machine to the next.

@@ -22,16 +22,15 @@ from .base import SimulatorEnv, import_simulator
 class RobosuiteEnv(SimulatorEnv):
     """A robosuite task; env_args is the JSON of a robomimic file, None for robomimic's world."""
 
+    patched = True  # False: robosuite as it comes, to compare with
+
     def _build(self, render, env_args):
         robosuite = import_simulator("robosuite", render)
         logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
         if env_args is None:
             env_args = self._robomimic_world(robosuite)
         self._check_origin(env_args, robosuite.__version__)
-        recorded = {
-            name: value for name, value in env_args["env_kwargs"].items() if name != "env_name"
-        }
-        kwargs = recorded | {
+        kwargs = env_args["env_kwargs"] | {
             "has_renderer": False,
             "has_offscreen_renderer": render,
             "use_camera_obs": False,
@@ -53,9 +52,10 @@ class RobosuiteEnv(SimulatorEnv):
             "env_version": robosuite.__version__,
             "env_kwargs": kwargs,
         }
-        # For a viewer MuJoCo clears a byte per bounding volume at each physics step, 370 kB.
-        self.simulator.sim.model._model.vis.global_.bvactive = 0
-        read_sensors_once_per_action(self.simulator, self.task.obs_keys)
+        if self.patched:
+            # For a viewer MuJoCo clears a byte per bounding volume at each physics step, 370 kB.
+            self.simulator.sim.model._model.vis.global_.bvactive = 0
+            read_sensors_once_per_action(self.simulator, self.task.obs_keys)
 
     def _robomimic_world(self, robosuite) -> dict[str, Any]:
         body = robosuite.load_composite_controller_config(controller="BASIC")["body_parts"]["right"]
@@ -91,11 +91,13 @@ class RobosuiteEnv(SimulatorEnv):
         generator = np.random.default_rng(seed)
         self.simulator.rng = generator  # draws the arm's first pose
         placement = self.simulator.placement_initializer
-        samplers = [placement, *vars(placement).get("samplers", {}).values()]
-        for sampler in samplers:
-            sampler.rng = generator  # robosuite gave each its own reference when it built the model
+        placement.rng = generator
+        if "samplers" in vars(placement):  # of several objects, each with its own reference
+            for sampler in placement.samplers.values():
+                sampler.rng = generator
         readings = self.simulator.reset()
-        read_arm_directly(self.simulator)
+        if self.patched:
+            read_arm_directly(self.simulator)
         return self._observation(readings)
 
     def _advance(self, action):
@@ -163,10 +165,9 @@ class DirectReader:
         self.inertia = np.zeros((self.model.nv, self.model.nv))
         self.still = np.zeros(3)
         self.update_by_name = arm.update
-        wrapper = simulator.sim.data
-        self.read_linear = type(wrapper).get_site_xvelp
-        self.read_angular = type(wrapper).get_site_xvelr
-        self.wrapper = wrapper
+        self.wrapper = simulator.sim.data
+        self.read_linear = type(self.wrapper).get_site_xvelp  # the class's, not our last one
+        self.read_angular = type(self.wrapper).get_site_xvelr
 
     def update(self, force=False):
         """Replace OperationalSpaceController.update."""
@@ -201,8 +202,12 @@ class DirectReader:
 
     def linear_velocity(self, name):
         """Replace MjData.get_site_xvelp: the base is bolted down."""
-        return self.still if name == self.base else self.read_linear(self.wrapper, name)
+        if name == self.base:
+            return self.still
+        return self.read_linear(self.wrapper, name)
 
     def angular_velocity(self, name):
         """Replace MjData.get_site_xvelr."""
-        return self.still if name == self.base else self.read_angular(self.wrapper, name)
+        if name == self.base:
+            return self.still
+        return self.read_angular(self.wrapper, name)
