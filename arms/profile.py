@@ -106,8 +106,8 @@ class Profile:
             if not low - 15 <= angle <= high + 15:
                 return (
                     f"{key} would be at {angle:.0f} degrees, but its range is {low:g} to {high:g}: "
-                    f"does this arm really speak {self.unit}, as the profile '{self.name}' says, "
-                    "and is its zero right?"
+                    f"check its zero, and whether this arm really speaks {self.unit}, as the "
+                    f"profile '{self.name}' says"
                 )
         if not -0.5 * self.opening <= gripper <= 1.5 * self.opening:
             return (
