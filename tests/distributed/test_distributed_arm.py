@@ -1,9 +1,10 @@
-"""An arm's learner on another machine, on a Ray that is not there: why it ended, and which episodes it has.
+"""An arm's learner on another machine, with no Ray: why it ended, which episodes it has.
 
-    python -m pytest tests/test_distributed_arm.py
+    python -m pytest tests/distributed/test_distributed_arm.py
 
 Not here: the same on a cluster (test_distributed_ray.py).
 """
+
 import contextlib
 import dataclasses
 import errno
@@ -13,10 +14,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from distributed import arm
+from distributed import arm, arm_learner
+from distributed.arm import RemoteLearner
+from distributed.arm_learner import HubInbox, HubOutbox, LearnerActor
 from distributed.cluster import hub_class
 from logbook import UserError
 
@@ -59,34 +63,43 @@ class Remote:
         self.one = one
 
     def __getattr__(self, name):
-        return SimpleNamespace(remote=lambda *args: SimpleNamespace(value=getattr(self.one, name)(*args)))
+        return SimpleNamespace(
+            remote=lambda *args: SimpleNamespace(value=getattr(self.one, name)(*args))
+        )
 
 
-class Far(arm.Faraway):
-    """Its learner is learn(line), started again as often as the real one."""
+class Far(RemoteLearner):
+    """Its learner is learn(outbox), started again as often as the real one."""
 
     def __init__(self, folder, learn=None):
-        self.ray, self.hub, self.paths, self.sent = Ray(), Remote(hub_class()(1)), [], set()
-        self.newest, self.used, self.stats, self.stamp = (0, None), 0, {}, None
-        self.failures, self.error, self.silent, self.closing = 0, None, False, False
-        self.folder, self.args, self.learn, self.started = folder / "arm", SimpleNamespace(run_dir="run"), learn, 0
+        self.ray = Ray()
+        self.hub = Remote(hub_class()(1))
+        self.folder = folder / "arm"
+        self.args = SimpleNamespace(run_dir="run")
+        self.learn = learn
+        self.started = 0
         self.there = folder / "there"
         for path in (self.folder / "episodes", self.there / "episodes"):
             path.mkdir(parents=True)
-        self.line = arm.Line(self.ray, self.hub, self.there)
+        self.prepare()
+        self.inbox = HubInbox(self.ray, self.hub, self.there / "episodes")
+        self.outbox = HubOutbox(self.ray, self.hub, self.there)
 
-    def _start(self):
+    def start(self):
         def run():
             try:
-                self.learn(arm.Line(self.ray, self.hub, self.there))
+                self.learn(HubOutbox(self.ray, self.hub, self.there))
             except RayError as error:
                 self.future.error = error
-        self.started, self.future, self.sent = self.started + 1, threading.Thread(target=run, daemon=True), set()
+
+        self.started += 1
+        self.sent = set()
+        self.future = threading.Thread(target=run, daemon=True)
         self.future.error = None
         self.future.start()
 
     def begin(self):
-        self._start()
+        self.start()
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
 
@@ -105,23 +118,25 @@ class Far(arm.Faraway):
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr(arm, "PERIOD", 0.01)
+    for module in (arm, arm_learner):
+        monkeypatch.setattr(module, "PERIOD", 0.01)
 
 
-def say(line, updates):
-    line.copy_(torch.zeros(3))
-    line.value += 1
-    line.send({"updates": updates, "behind": 3})
+def say(outbox, updates):
+    outbox.publish(torch.zeros(3), {"updates": updates, "behind": 3})
 
 
 # ---- why it ended
 
+
 def test_a_learner_that_diverged_says_so_and_no_other_is_started(tmp_path):
-    """Also where a note without words follows: the hub keeps the last one only."""
-    def learn(line):
-        say(line, 500)
-        line.send({"failed": "the critic returned a non-finite Q"})
-        line.send({})
+    """Also where a note without a message follows: the hub keeps the last one only."""
+
+    def learn(outbox):
+        say(outbox, 500)
+        outbox.send_last({"failed": "the critic returned a non-finite Q"})
+        outbox.send({})
+
     far = Far(tmp_path, learn)
     far.begin()
     assert far.told() == "the learner stopped: the critic returned a non-finite Q"
@@ -130,19 +145,23 @@ def test_a_learner_that_diverged_says_so_and_no_other_is_started(tmp_path):
     far.close()
 
 
-def crash(line):
+def crash(outbox):
     raise RayTaskError
 
 
-@pytest.mark.parametrize("end, reason", [(lambda line: None, "it ended although nobody"), (crash, "out of memory")])
+@pytest.mark.parametrize(
+    "end, reason", [(lambda outbox: None, "it ended although nobody"), (crash, "out of memory")]
+)
 def test_a_learner_that_ends_again_and_again_ends_the_run(end, reason, tmp_path):
     """Each makes the same updates again: they are no progress."""
-    def learn(line):
-        line.send({})
-        say(line, 20)
-        time.sleep(0.05)                                                           # so that this is heard, too
-        say(line, 40)
-        end(line)
+
+    def learn(outbox):
+        outbox.send({})
+        say(outbox, 20)
+        time.sleep(0.05)  # so that this is heard, too
+        say(outbox, 40)
+        end(outbox)
+
     far = Far(tmp_path, learn)
     far.begin()
     assert "fails again and again" in (told := far.told()) and reason in told
@@ -151,12 +170,13 @@ def test_a_learner_that_ends_again_and_again_ends_the_run(end, reason, tmp_path)
 
 
 def test_failures_between_which_it_gets_on_are_forgiven(tmp_path):
-    def learn(line):
-        say(line, 20 * far.started)
+    def learn(outbox):
+        say(outbox, 20 * far.started)
         if far.started < 8:
-            crash(line)
+            crash(outbox)
         while not far.closing:
             time.sleep(0.01)
+
     far = Far(tmp_path, learn)
     far.begin()
     assert far.told(2.0) is None and far.started == 8
@@ -164,11 +184,12 @@ def test_failures_between_which_it_gets_on_are_forgiven(tmp_path):
 
 
 def test_why_it_could_not_save_at_the_end_is_told(tmp_path, capfd):
-    def learn(line):
-        say(line, 20)
+    def learn(outbox):
+        say(outbox, 20)
         while not far.closing:
             time.sleep(0.01)
-        line.send({"failed": "the policy became non-finite"})
+        outbox.send_last({"failed": "the policy became non-finite"})
+
     far = Far(tmp_path, learn)
     far.begin()
     assert far.told(0.2) is None
@@ -176,60 +197,94 @@ def test_why_it_could_not_save_at_the_end_is_told(tmp_path, capfd):
     assert "the learner stopped: the policy became non-finite" in capfd.readouterr().err
 
 
-def test_last_words_are_heard_also_where_the_weights_went_with_their_machine(tmp_path):
+def test_the_last_message_is_heard_where_the_weights_are_lost_with_their_machine(tmp_path):
     class Lost:
         @property
         def value(self):
             raise RayError
+
     far = Far(tmp_path)
     far.ray.put = lambda value: Lost()
-    far.line.copy_(torch.zeros(3))
-    far.line.value += 1
-    far.line.send({"failed": "a non-finite Q"})
+    far.outbox.publish(torch.zeros(3), {"failed": "a non-finite Q"})
     with pytest.raises(RayError):
         far._exchange()
     assert far.told(0.1) == "the learner stopped: a non-finite Q"
 
 
-def test_a_learner_that_cannot_begin_is_told_once(tmp_path, monkeypatch, capfd):
-    """Another run has its machine, for example: Ray waits, whoever stands at the arm should know."""
+@pytest.mark.parametrize("speaks, count", [(False, 1), (True, 0)])
+def test_a_learner_that_cannot_begin_is_told_once(speaks, count, tmp_path, monkeypatch, capfd):
+    """Another run may have its machine: Ray waits, and whoever stands at the arm should know."""
     monkeypatch.setattr(arm, "TIMEOUT", 0.2)
-    for speaks, count in ((False, 1), (True, 0)):
-        def learn(line):
-            if speaks:
-                line.send({})
-            time.sleep(1)
-            say(line, 0)
-            while not far.closing:
-                time.sleep(0.01)
-        far = Far(tmp_path / str(count), learn)
-        far.args = dataclasses.make_dataclass("Args", ["resume", "learner"])(False, "gpu:6379")
-        far.demos, far.task = [], None
-        assert far.pretrain(None)
-        far.close()
-        assert capfd.readouterr().err.count("has not begun") == count
+
+    def learn(outbox):
+        if speaks:
+            outbox.send({})
+        time.sleep(1)
+        say(outbox, 0)
+        while not far.closing:
+            time.sleep(0.01)
+
+    far = Far(tmp_path, learn)
+    far.args = dataclasses.make_dataclass("Args", ["resume", "learner"])(False, "gpu:6379")
+    far.demonstrations, far.task = [], None
+    assert far.pretrain(None)
+    far.close()
+    assert capfd.readouterr().err.count("has not begun") == count
 
 
-def test_a_full_disk_there_is_no_end_of_the_arm(tmp_path, monkeypatch):
+def test_a_learner_that_stands_still_is_told_once_and_only_while_it_owes_an_answer(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(arm, "SILENT", 0.2)
+    far = Far(tmp_path)
+    say(far.outbox, 20)
+    far._exchange()
+    time.sleep(0.3)
+    far.report()
+    assert capfd.readouterr().err == ""  # nothing was asked
+    path = far.folder / "episodes/episode_00000.hdf5"
+    path.write_bytes(b"one")
+    far.absorb(path)
+    far._exchange()
+    time.sleep(0.3)
+    far._exchange()
+    assert far.report() == {"updates": 20} == far.report()
+    assert capfd.readouterr().err.count("the learner has said nothing") == 1
+    far.outbox.send({"behind": 10})
+    far._exchange()
+    assert far.unanswered is None
+
+
+def test_a_full_disk_there_is_not_taken_for_the_end_of_the_arm(tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(arm, "write", full)
+
+    monkeypatch.setattr(arm_learner, "write", full)
     far = Far(tmp_path)
     far.hub.push.remote("episode_00000.hdf5", b"")
     with pytest.raises(UserError, match="cannot write .*No space left on device"):
-        far.line.poll(0)
+        far.inbox.get(0)
+
+
+def test_the_end_of_the_run_ends_the_learner(tmp_path):
+    far = Far(tmp_path)
+    far.hub.push.remote("episode_00000.hdf5", np.frombuffer(b"one", np.uint8))
+    far.hub.push.remote("", None)
+    assert far.inbox.get(0) == far.there / "episodes/episode_00000.hdf5"
+    with pytest.raises(EOFError):
+        far.inbox.get(0)
 
 
 # ---- which episodes it has
 
+
 def exchange(far):
-    """A round of both ends; the paths the learner was told of, with what was then in them."""
-    far.line.send({})
+    """Let both ends work once; return the names the learner was told of and what is in them."""
+    far.outbox.send({})
     far._exchange()
     time.sleep(2 * arm.PERIOD)
     told = []
-    while far.line.poll(0):
-        path = Path(far.line.recv_bytes().decode())
+    while (path := far.inbox.get(0)) is not None:
         told.append((path.name, path.read_bytes()))
     return told
 
@@ -245,31 +300,78 @@ def test_an_episode_recorded_again_replaces_the_learners_copy(tmp_path):
     far.absorb(two)
     assert exchange(far) == [(two.name, b"again")] and exchange(far) == []
     assert (far.there / "episodes" / two.name).read_bytes() == b"again"
-    far.sent = set()                                                               # another learner in the same folder
+    far.sent = set()  # another learner in the same folder
     assert exchange(far) == []
     for path in (one, far.there / "episodes" / one.name):
         path.unlink()
-    assert exchange(far) == []                                                     # deleted at both ends
+    assert exchange(far) == []  # deleted at both ends
 
 
-def test_a_learner_starts_without_what_the_arm_has_deleted_or_recorded_again(tmp_path, monkeypatch):
-    """What it had is renamed, not lost; demonstrations are the arm's of today."""
-    seen, far = [], Far(tmp_path)
+@dataclasses.dataclass
+class Settings:
+    run_dir: str = ""
+    data: str = ""
+
+
+def content(text):
+    return np.frombuffer(text, np.uint8)
+
+
+@pytest.fixture
+def actor(tmp_path, monkeypatch):
+    """Far whose learner is the real actor, up to the networks; and what that one found on disk."""
+    far = Far(tmp_path)
+    far.options, far.seen = {}, []
+    folder = tmp_path / "runs/one"
+
+    def learn(args, task, inbox, outbox):
+        far.seen.append({path.name for path in (folder / "episodes").iterdir()})
+        far.trained_on = Path(args.data)
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "ray", far.ray)
-    monkeypatch.setattr(arm, "Learner", lambda settings, task: SimpleNamespace(pretrain=lambda save: None))
-    monkeypatch.setattr(arm, "serve", lambda *_: seen.append(sorted(path.name for path in here.iterdir())))
-    here, demos = tmp_path / "runs/one/episodes", tmp_path / "runs/one/demos"
-    here.mkdir(parents=True)
+    stub = SimpleNamespace(pretrain=lambda save: None)
+    monkeypatch.setattr(arm_learner, "Learner", lambda args, task: stub)
+    monkeypatch.setattr(arm_learner, "learn", learn)
+    remote = SimpleNamespace(remote=lambda: Remote(LearnerActor()))
+    far.ray.remote = lambda kind: SimpleNamespace(options=lambda **_: remote)
+    (folder / "episodes").mkdir(parents=True)
+    return far
+
+
+def test_a_learner_starts_without_what_the_arm_has_deleted_or_recorded_again(actor, tmp_path):
+    """What it had is renamed, not lost; demonstrations are the arm's of today."""
+    here = tmp_path / "runs/one/episodes"
     for number in range(3):
-        for folder in (here, far.folder / "episodes"):
+        for folder in (here, actor.folder / "episodes"):
             (folder / f"episode_0000{number}.hdf5").write_bytes(b"%d" % number)
-    (far.folder / "episodes/episode_00000.hdf5").unlink()
-    (far.folder / "episodes/episode_00002.hdf5").write_bytes(b"again")
-    actor = SimpleNamespace(remote=lambda: Remote(arm.Pupil()))
-    far.ray.remote = lambda kind: SimpleNamespace(options=lambda **_: actor)
+    (actor.folder / "episodes/episode_00000.hdf5").unlink()
+    (actor.folder / "episodes/episode_00002.hdf5").write_bytes(b"again")
     for data in (b"old", b"new"):
-        far.job, far.options = ({}, None, {"demo.hdf5": torch.tensor(list(data), dtype=torch.uint8).numpy()}, "one"), {}
-        arm.Faraway._start(far)
-    assert seen[-1] == ["episode_00000.gone", "episode_00001.hdf5", "episode_00002.gone"]
-    assert (here / "episode_00001.hdf5").read_bytes() == b"1" and (demos / "demo.hdf5").read_bytes() == b"new"
+        actor.job = (Settings(), None, {"demo.hdf5": content(data)}, "one")
+        RemoteLearner.start(actor)
+    assert actor.seen[-1] == {"episode_00000.gone", "episode_00001.hdf5", "episode_00002.gone"}
+    assert (here / "episode_00001.hdf5").read_bytes() == b"1"
+    assert actor.trained_on == Path("runs/one/demos/demo.hdf5")
+    assert actor.trained_on.read_bytes() == b"new"
+
+
+def test_a_recording_that_the_arm_has_deleted_is_no_demonstration_any_more(actor):
+    files = {f"episode_0000{number}.hdf5": content(b"%d" % number) for number in range(3)}
+    for kept in ((0, 1, 2), (0, 2)):
+        names = [f"episode_0000{number}.hdf5" for number in kept]
+        actor.job = (Settings(), None, {name: files[name] for name in names}, "one")
+        RemoteLearner.start(actor)
+        assert sorted(path.name for path in actor.trained_on.glob("*.hdf5")) == names
+
+
+def test_a_learner_that_cannot_use_its_files_says_why(actor, monkeypatch):
+    def refuse(args, task):
+        raise UserError("demos/episode_00000.hdf5 is damaged")
+
+    monkeypatch.setattr(arm_learner, "Learner", refuse)
+    actor.job = (Settings(), None, {"demo.hdf5": content(b"old")}, "one")
+    RemoteLearner.start(actor)
+    actor._exchange()
+    assert actor.told(0.1) == "the learner stopped: demos/episode_00000.hdf5 is damaged"
+    assert actor.seen == []

@@ -1,10 +1,12 @@
-"""A captured update without a GPU: its operations are recorded on the CPU and repeated on the same memory.
+"""A captured update without a GPU: its operations are recorded on the CPU and repeated.
 
-    python -m pytest tests/test_graph.py
+    python -m pytest tests/distributed/test_graph.py
 
-That is what a CUDA graph does, so what a graph cannot hold shows here: a number that goes to Python and back, memory
-that is not the same in the next call, a scalar that should have changed. Not here: CUDA itself.
+That is what a CUDA graph does. So what a graph cannot hold shows here: a number that goes to Python
+and back, memory that is not the same in the next call, a scalar that should have changed.
+Not here: CUDA itself, the update (tests/method/test_update.py).
 """
+
 import copy
 
 import pytest
@@ -15,19 +17,50 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import logbook
 import poco
 import train_online
-from baselines import qc
 from distributed import graph
-from logbook import UserError
+from flow_policy import FlowPolicy
+from logbook import Clock, UserError
 from replay import Batch
 
-from test_baselines import settings, toy_task  # noqa: F401, a task without a simulator
-from test_update import cut_batch, make
+OBS, ACTION, HORIZON, BATCH = 2, 1, 3, 64
+# Operations for which Python would wait for a GPU.
+READS = ("_local_scalar_dense", "nonzero", "equal", "lift_fresh", "unique")
 
-READS = ("_local_scalar_dense", "nonzero", "equal", "lift_fresh", "unique")      # a GPU would be waited for
+
+def make(agent_class, **changes):
+    """A small agent whose policy, actor, critic and target all differ."""
+    values = {
+        "horizon": HORIZON,
+        "hidden": 32,
+        "layers": 2,
+        "flow_steps": 4,
+        "precision": "float32",
+        "num_candidates": 4,
+    }
+    args = train_online.Args(**values | changes)
+    torch.manual_seed(0)
+    policy = FlowPolicy(OBS, ACTION, HORIZON, args.hidden, args.layers, args.flow_steps)
+    agent = agent_class(args, policy, Clock())
+    for network in (agent.policy, agent.actor, agent.critic, agent.target):
+        for value in network.parameters():
+            value.data += 0.05 * torch.randn_like(value)
+    return agent
+
+
+def cut_batch():
+    """Chunks of 1 to HORIZON real steps that go on, with returns of any sign."""
+    return Batch(
+        obs=torch.randn(BATCH, OBS),
+        chunk=torch.rand(BATCH, HORIZON, ACTION) * 2 - 1,
+        valid=(torch.arange(HORIZON) < torch.randint(1, HORIZON + 1, (BATCH, 1))).float(),
+        returns=torch.randn(BATCH),
+        bootstrap=0.5 + 0.5 * torch.rand(BATCH),
+        next_obs=torch.randn(BATCH, OBS),
+    )
 
 
 class Recorder(TorchDispatchMode):
-    """Runs operations and remembers them; `replay` runs them again, results into the memory of the first time."""
+    """Runs operations and remembers them; `replay` repeats them into the same memory."""
 
     def __init__(self):
         super().__init__()
@@ -51,15 +84,16 @@ class Recorder(TorchDispatchMode):
 
 
 def record(function, *arguments):
-    """distributed.graph.record on the CPU. Unlike a capture the call is run, so what it changed is put back."""
-    agent, noise = function.__self__, torch.get_rng_state()
-    optimizers = (agent.actor_optimizer, agent.critic_optimizer)
-    assert all(group["capturable"] for one in optimizers for group in one.param_groups)      # or Adam refuses on CUDA
+    """distributed.graph.record on the CPU: it runs the call, then puts back what that changed."""
+    agent = function.__self__
+    noise = torch.get_rng_state()
+    for optimizer in (agent.actor_optimizer, agent.critic_optimizer):
+        assert all(group["capturable"] for group in optimizer.param_groups)  # or CUDA refuses
     before = copy.deepcopy(state(agent))
     with Recorder() as recorder:
         results = function(*arguments)
     with torch.no_grad():
-        for name, value in state(agent).items():                                  # in place: these are captured
+        for name, value in state(agent).items():  # in place: these are captured
             value.copy_(before[name])
     torch.set_rng_state(noise)
     return recorder.replay, results
@@ -69,8 +103,12 @@ def record(function, *arguments):
 def cpu_graph(monkeypatch):
     """Captured on a CPU; streams are CUDA's and left out. Holds what was done in which order."""
     ran = []
-    monkeypatch.setattr(graph, "record", lambda *arguments: ran.append("record") or record(*arguments))
-    monkeypatch.setattr(graph, "beside", lambda function, *arguments: ran.append("beside") or function(*arguments))
+    monkeypatch.setattr(
+        graph, "record", lambda *arguments: ran.append("record") or record(*arguments)
+    )
+    monkeypatch.setattr(
+        graph, "beside", lambda function, *arguments: ran.append("beside") or function(*arguments)
+    )
     monkeypatch.setattr(poco, "_capturing", lambda q: True)
     return ran
 
@@ -82,37 +120,50 @@ def state(agent):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("changes", [{}, {"guidance": 0.0}, {"policy_tau": 0.1, "pessimism": 1.0, "clip": 2.0}],
-                         ids=["paper", "cloning", "cpu"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"guidance": 0.0},
+        {"policy_tau": 0.1, "pessimism": 1.0, "clip": 2.0},
+        {"particles": 2},
+    ],
+    ids=["paper", "cloning", "cpu", "particles"],
+)
 def test_a_captured_update_gives_the_same_numbers_as_eager(cpu_graph, changes, precision):
-    """Warm-up, three eager updates, then the graph, a batch for each: state and statistics, to the bit."""
-    eager, other = (make("poco", precision=precision, online_learning_rate=0.01, **changes) for _ in range(2))
+    """Warm-up, three eager updates, then the graph, a batch for each: to the bit."""
+    changes = changes | {"precision": precision, "online_learning_rate": 0.01}
+    eager = make(train_online.POCO, **changes)
+    captured = make(graph.CapturedPOCO, **changes)
     batches = [cut_batch() for _ in range(9)]
-    update, old, new = graph.Captured(other), [], []
-    for agent, call, seen in ((eager, eager.update, old), (other, update, new)):
+    seen = {eager: [], captured: []}
+    for agent, results in seen.items():
         torch.manual_seed(3)
         for number, batch in enumerate(batches):
-            stats = call(Batch(*(value.clone() for value in batch)), number in (0, 1, 7))
-            seen.append(({name: value.clone() for name, value in stats.items()}, copy.deepcopy(state(agent))))
+            stats = agent.update(Batch(*(value.clone() for value in batch)), number in (0, 1, 7))
+            copied = {name: value.clone() for name, value in stats.items()}
+            results.append((copied, copy.deepcopy(state(agent))))
     assert cpu_graph == 5 * ["beside"] + ["record", "beside"]
-    for number, ((stats, after), (same_stats, same)) in enumerate(zip(old, new)):
-        assert stats.keys() == same_stats.keys() and all(torch.equal(stats[name], same_stats[name]) for name in stats)
-        assert after.keys() == same.keys()
-        assert [name for name, value in after.items() if not torch.equal(value, same[name])] == [], number
-    changed = [name for name, value in old[-1][1].items() if not torch.equal(value, old[-2][1][name])]
-    assert {name[0].key for name in changed} >= {"policy", "actor", "critic", "target", "actor_optimizer",
-                                                 "critic_optimizer"}
+    for number, (one, other) in enumerate(zip(*seen.values())):
+        for expected, found in zip(one, other):
+            assert expected.keys() == found.keys()
+            wrong = [name for name in expected if not torch.equal(expected[name], found[name])]
+            assert wrong == [], number
+    before, after = seen[eager][-2][1], seen[eager][-1][1]
+    changed = {name[0].key for name in after if not torch.equal(after[name], before[name])}
+    assert changed >= set(train_online.POCO.saved)
 
 
 def test_reading_a_number_cannot_be_captured(cpu_graph, monkeypatch):
-    """The recorder refuses what CUDA refuses: here e_step's question whether Q is finite, asked during the capture."""
+    """The recorder refuses what CUDA refuses: here whether Q is finite, asked while capturing."""
     monkeypatch.setattr(poco, "_capturing", lambda q: False)
-    agent = make("poco")
-    update = graph.Captured(agent)
+    agent = make(graph.CapturedPOCO)
     for _ in range(3):
-        update(cut_batch(), False)
-    with pytest.raises(UserError, match="not permitted when stream is capturing.*--no-graph goes on"):
-        update(cut_batch(), False)
+        agent.update(cut_batch(), False)
+    with pytest.raises(
+        UserError, match="not permitted when stream is capturing.*--no-graph goes on"
+    ):
+        agent.update(cut_batch(), False)
 
 
 def test_q_is_only_taken_on_trust_while_a_graph_is_captured():
@@ -123,18 +174,31 @@ def test_q_is_only_taken_on_trust_while_a_graph_is_captured():
 
 def test_a_run_without_an_nvidia_gpu_refuses_the_flag_before_anything_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="--graph is for NVIDIA GPUs, and this would run on cpu: --no-graph"):
+    with pytest.raises(
+        UserError, match="--graph needs an NVIDIA GPU, this would run on cpu: --no-graph"
+    ):
         train_online.main(["--task", "lift", "--graph", "--device", "cpu"])
     assert not list(tmp_path.iterdir())
-    assert isinstance(make("poco", graph=True).update, graph.Captured) and not hasattr(settings(qc), "graph")
+
+
+def test_the_flag_chooses_the_captured_agent():
+    args = train_online.Args(horizon=HORIZON, precision="float32", graph=True)
+    policy = FlowPolicy(OBS, ACTION, HORIZON)
+    for args.graph, kind in ((True, graph.CapturedPOCO), (False, train_online.POCO)):
+        assert type(train_online.make_agent(args, train_online.POCO, policy, Clock())) is kind
 
 
 def test_a_second_gpu_becomes_the_current_one(monkeypatch):
-    """Streams, captures and random numbers are the current GPU's: a graph of another would hold nothing."""
+    """Streams, captures and random numbers are the current GPU's; another's graph is empty."""
     chosen = []
     monkeypatch.setattr(torch, "empty", lambda size, device: None)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert [logbook.usable_device(name).index for name in ("cpu", "cuda", "cuda:0", "cuda:1")] == [None, None, 0, 1]
+    assert [logbook.usable_device(name).index for name in ("cpu", "cuda", "cuda:0", "cuda:1")] == [
+        None,
+        None,
+        0,
+        1,
+    ]
     assert chosen == [torch.device("cuda:1")]
 
 
@@ -153,14 +217,16 @@ class Chip:
 
 def test_a_checkpoint_holds_the_random_numbers_of_processor_and_gpu(monkeypatch):
     chip, gpu, processor = Chip(), torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(torch, "get_device_module", lambda device: chip if device == gpu else torch.cpu)
+    monkeypatch.setattr(
+        torch, "get_device_module", lambda device: chip if device == gpu else torch.cpu
+    )
     torch.manual_seed(0)
     saved = logbook.noise_state(gpu)
     drawn, chip.state = torch.rand(3), torch.tensor([9], dtype=torch.uint8)
     logbook.restore_noise(saved, gpu)
     assert torch.equal(torch.rand(3), drawn) and chip.state.item() == 1
     chip.state = torch.tensor([9], dtype=torch.uint8)
-    for state, device in ((saved, processor), (saved[:1], gpu), (saved[0], gpu)):             # the last: as once saved
+    for state, device in ((saved, processor), (saved[:1], gpu)):
         logbook.restore_noise(state, device)
         assert torch.equal(torch.rand(3), drawn) and chip.state.item() == 9
     torch.manual_seed(0)
@@ -175,4 +241,9 @@ def test_an_optimiser_keeps_what_its_device_needs():
     optimizer.param_groups[0]["capturable"] = True
     optimizer.load_state_dict(saved)
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["fused"], group["capturable"], group["betas"]) == (0.2, True, True, (0.5, 0.6))
+    assert (group["lr"], group["fused"], group["capturable"], group["betas"]) == (
+        0.2,
+        True,
+        True,
+        (0.5, 0.6),
+    )
