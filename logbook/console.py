@@ -241,8 +241,9 @@ def _mortal(stream: io.TextIOWrapper | None) -> io.TextIOWrapper | None:
         return None
     with contextlib.suppress(OSError):
         stream.flush()
+    output = _MortalOutput(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(_MortalOutput(stream.fileno(), "w", closefd=False)),
+        output if stream.write_through else io.BufferedWriter(output),  # PYTHONUNBUFFERED
         encoding=stream.encoding,
         errors="backslashreplace",  # nor does a character raise that the terminal lacks
         line_buffering=stream.line_buffering,

@@ -7,6 +7,7 @@
 Not here: the files (book.py).
 """
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -81,20 +82,36 @@ class Report:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting from `state`. Raises KeyError, TypeError or ValueError."""
-        self.updates = int(state["updates"])
-        self.best = float(state["best"])
-        self.row_step = int(state["row_step"])
-        self.row_updates = int(state["row_updates"])
+        if not isinstance(state, dict):
+            raise TypeError("a report is expected")
+        self.updates = _whole(state["updates"])
+        self.row_step = _whole(state["row_step"])
+        self.row_updates = _whole(state["row_updates"])
+        self.best = _number(state["best"], least=-1.0)
         for name in self.seconds:
-            self.seconds[name] = float(state["seconds"][name])
-            self.row_seconds[name] = float(state["row_seconds"][name])
+            self.seconds[name] = _number(state["seconds"][name], least=0.0)
+            self.row_seconds[name] = _number(state["row_seconds"][name], least=0.0)
         self.sums = {}
         for name, (total, count) in state["sums"].items():
-            if float(total) != total or int(count) < 1:
-                raise ValueError(f"the sum of {name} is {total!r:.80} over {count!r:.80}")
-            self.sums[name] = (total, count)
+            float(total)  # a number, or a tensor of one
+            self.sums[name] = (total, max(_whole(count), 1))
 
     def _split(self) -> None:
         for name, seconds in self.clock.split().items():
             self.seconds[name] += seconds
             self.row_seconds[name] += seconds
+
+
+def _whole(value: Any) -> int:
+    """Return a count. Raises ValueError for anything else."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.80} is no count")
+    return value
+
+
+def _number(value: Any, least: float) -> float:
+    """Return a finite number that is not below `least`. Raises ValueError for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value < math.inf:
+        raise ValueError(f"{value!r:.80} is no number from {least:g} upwards")
+    return value
