@@ -1,40 +1,59 @@
-"""Mistakes around an arm are one line, told before it moves or with it left in order; a plain LeRobot arm works."""
+"""Mistakes around an arm are one line, told before it moves or with it left in order.
+
+python -m pytest tests/robot/test_mistakes.py
+"""
+
 import errno
 import sys
 
 import numpy as np
 import pytest
+from robot_toys import JOINTS, TOY, Person, Plain, ahead, plain, space
 
+import arms.rig as rig_module
 import robot
-from arms.episodes import Take, numbered
+from arms.driver import Driver
+from arms.episodes import Episode, numbered
 from arms.keypad import ScriptedPad
-from arms.senses import JOINTS
-from arms.settings import open_arm, parse
+from arms.settings import open_driver, parse_args
 from logbook import UserError
-from test_robot_care import TOY, Person, Plain, ahead, plain, space
 
 
 def test_a_power_cut_that_the_driver_cannot_do_is_refused_at_once():
     with pytest.raises(UserError, match="--release: the driver of sim cannot cut"):
-        open_arm(parse(["record", *TOY, "--release"], ""))
+        open_driver(parse_args(["record", *TOY, "--release"]))
 
 
 def test_recordings_go_to_a_folder_not_to_a_file():
     with pytest.raises(UserError, match="--data my.hdf5 is a file"):
-        parse(["record", *TOY, "--data", "my.hdf5"], "")
+        parse_args(["record", *TOY, "--data", "my.hdf5"])
 
 
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError(
-    "Can't close file (file write failed: errno = 28, error message = 'No space left on device', buf = 0)")])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError(
+            "Can't close file (file write failed: errno = 28, "
+            "error message = 'No space left on device', buf = 0)"
+        ),
+    ],
+)
 def test_a_full_disk_is_one_line_and_the_arm_goes_to_rest(fault, tmp_path, monkeypatch, capfd):
     where = ["--data", str(tmp_path / "demos"), "--run-dir", str(tmp_path / "run")]
     robot.main(["record", *TOY, "--episodes", "1", *where])
 
     def full(*_):
         raise fault
-    monkeypatch.setattr(Take, "save", full)
-    for command in (["record", "--episodes", "2"], ["train", "--episodes", "1", "--episode-limit", "5"]):
-        with pytest.raises(UserError, match="cannot write .*episode_0000.*No space left on device.: what"):
+
+    monkeypatch.setattr(Episode, "save", full)
+    for command in (
+        ["record", "--episodes", "2"],
+        ["train", "--episodes", "1", "--episode-limit", "5"],
+    ):
+        with pytest.raises(
+            UserError, match="cannot write .*episode_0000.*No space left on device.: what"
+        ):
             robot.main([command[0], *TOY, *command[1:], *where])
         assert "did not go to rest" not in capfd.readouterr().err
     monkeypatch.setattr(robot, "merge", full)
@@ -60,19 +79,27 @@ class Hand:
         return dict.fromkeys(self.keys, 0.0)
 
 
-@pytest.mark.parametrize("speaks, features, refused", [
-    (True, None, True), (False, None, False), (False, ("shoulder_pan.pos",), True),
-    (False, (*JOINTS, "gripper.pos"), False)])
-def test_an_operator_of_another_kind_is_told_before_anything_moves(speaks, features, refused, monkeypatch):
+@pytest.mark.parametrize(
+    "speaks, features, refused",
+    [
+        (True, None, True),
+        (False, None, False),
+        (False, ("shoulder_pan.pos",), True),
+        (False, (*JOINTS, "gripper.pos"), False),
+    ],
+)
+def test_an_operator_of_another_kind_is_told_before_anything_moves(
+    speaks, features, refused, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "hands", sys.modules[__name__])
     monkeypatch.setattr(Hand, "speaks", speaks)
     monkeypatch.setattr(Hand, "features", features)
-    args = parse(["record", *TOY, "--teleop", "hands:Hand"], "")
+    args = parse_args(["record", *TOY, "--teleop", "hands:Hand"])
     if not refused:
-        assert open_arm(args)[1] is not None
+        assert open_driver(args)[1] is not None
         return
     with pytest.raises(UserError, match="hands:Hand leads another kind of arm.*joint_1.pos"):
-        open_arm(args)
+        open_driver(args)
 
 
 def test_an_operator_that_changes_its_keys_ends_in_one_line():
@@ -83,24 +110,43 @@ def test_an_operator_that_changes_its_keys_ends_in_one_line():
 
 
 def test_a_success_without_a_step_is_not_counted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(robot, "open_keypad", lambda name: ScriptedPad(["success"] + [None] * 5 + ["success", "quit"]))
-    robot.main(["record", *TOY, "--keypad", "terminal", "--episodes", "2", "--data", str(tmp_path / "demos")])
+    monkeypatch.setattr(
+        rig_module,
+        "open_keypad",
+        lambda name: ScriptedPad(["success"] + [None] * 5 + ["success", "quit"]),
+    )
+    robot.main(
+        [
+            "record",
+            *TOY,
+            "--keypad",
+            "terminal",
+            "--episodes",
+            "2",
+            "--data",
+            str(tmp_path / "demos"),
+        ]
+    )
     told = capsys.readouterr().out
     assert len(numbered(tmp_path / "demos")) == 1
-    assert "0 of 2 recorded, 1 tried" in told and "1 of 2 recorded, 2 tried" in told and "2 of 2" not in told
+    assert (
+        "0 of 2 recorded, 1 tried" in told
+        and "1 of 2 recorded, 2 tried" in told
+        and "2 of 2" not in told
+    )
 
 
 def test_the_box_of_recordings_that_are_one_file(tmp_path):
     robot.main(["record", *TOY, "--episodes", "1", "--data", str(tmp_path / "demos")])
     boxes = []
     for data in ("demos", "demos.hdf5"):
-        args = parse(["train", *TOY, "--box-from-demos", "--data", str(tmp_path / data)], "")
+        args = parse_args(["train", *TOY, "--box-from-demos", "--data", str(tmp_path / data)])
         rig, _ = plain(Person(space))
         rig.args = args
         with rig:
             boxes.append(rig.guard.box)
     np.testing.assert_array_equal(*boxes)
-    rig.args = parse(["train", *TOY, "--box-from-demos", "--data", str(tmp_path / "none")], "")
+    rig.args = parse_args(["train", *TOY, "--box-from-demos", "--data", str(tmp_path / "none")])
     with pytest.raises(UserError, match="no recorded episodes"), rig:
         pass
 
@@ -108,7 +154,7 @@ def test_the_box_of_recordings_that_are_one_file(tmp_path):
 def test_help_for_eval_needs_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        parse(["eval", "--task", "pick-cube", "--help"], "")
+        parse_args(["eval", "--task", "pick-cube", "--help"])
     assert end.value.code == 0 and "default: pick-cube" in capsys.readouterr().out
 
 
@@ -117,18 +163,21 @@ def test_eval_takes_the_run_by_either_name(tmp_path):
     robot.main(["record", *TOY, "--episodes", "1", *where])
     robot.main(["train", *TOY, "--episodes", "1", "--episode-limit", "5", *where])
     for name in ("--run-dir", "--resume"):
-        args = parse(["eval", name, where[3]], "")
+        args = parse_args(["eval", name, where[3]])
         assert (args.role, args.run_dir, args.hidden, args.episodes) == ("eval", where[3], 32, 20)
         assert len(robot.main(["eval", name, where[3], "--episodes", "1"])) == 1
-    assert parse(["train", "--resume", where[3]], "").role == "train"
+    assert parse_args(["train", "--resume", where[3]]).role == "train"
 
 
 def test_a_keypad_is_opened_by_the_name_that_was_given(monkeypatch):
     opened = []
-    monkeypatch.setattr(robot, "open_arm", lambda args: (Plain(False), None))
-    monkeypatch.setattr(robot, "open_keypad", lambda name: opened.append(name) or ScriptedPad())
+    arm = Plain(False)
+    monkeypatch.setattr(rig_module, "open_driver", lambda args: (Driver(arm, arm.profile), None))
+    monkeypatch.setattr(
+        rig_module, "open_keypad", lambda name: opened.append(name) or ScriptedPad()
+    )
     for name in ("auto", "/dev/input/by-id/usb-autoid-event-kbd"):
-        with robot.session(parse(["train", *TOY, "--keypad", name], "")):
+        with rig_module.session(parse_args(["train", *TOY, "--keypad", name])):
             pass
     assert opened == ["terminal", "/dev/input/by-id/usb-autoid-event-kbd"]
 
@@ -145,7 +194,7 @@ def test_an_arm_without_a_stamp_is_as_fresh_as_its_reading():
 
 
 def test_a_key_pressed_before_the_question_is_no_answer_to_it():
-    """A success that came with the last step, too late to count, must not label whatever is asked."""
+    """A success that came with the last step, too late to count, must not label the episode."""
     person, pressed = Person(space), ["success"]
     person.forget = pressed.clear
     rig, _ = plain(person)

@@ -1,7 +1,8 @@
-"""Arms: kinematics against plain numpy and the maker's SDK, the simulated arm and its expert, the vision encoder.
+"""Arms: kinematics by plain numpy and the maker's SDK, the simulated arm, its expert, the encoder.
 
-    python -m pytest tests/test_arms.py
+python -m pytest tests/robot/test_arms.py
 """
+
 import itertools
 import time
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 import arms
-from arms import kinematics as kin
-from arms.kinematics import Kinematics, limits, mjcf
-from arms.sim import DOWN, KEYS, OBJECT, RANGES, STARTS, SUBSTEPS, TABLE, SimArm
-from arms.teleop import ScriptedExpert, turned
+from arms import piper_model as kin
+from arms.piper_model import KEYS, limits, mjcf, piper_profile
+from arms.rotation import rotation_matrix, rotation_vector
+from arms.sim import DOWN, OBJECT, RANGES, STARTS, SUBSTEPS, TABLE, SimArm
+from arms.teleop import ScriptedExpert
 from arms.vision import Encoder, ResNet10
 from logbook import UserError
 
@@ -21,11 +23,22 @@ from logbook import UserError
 def dh_product(joints, dh_is_offset, tool):
     """The TCP's pose (4, 4) as a product of modified DH transforms, without MuJoCo."""
     pose = np.eye(4)
-    for a, alpha, d, offset, joint in zip((0, 0, .28503, -.02198, 0, 0), (0, -90, 0, 90, -90, 90),
-                                          (.123, 0, 0, .25075, 0, .091), kin.TURN[dh_is_offset], joints, strict=True):
+    for a, alpha, d, offset, joint in zip(
+        (0, 0, 0.28503, -0.02198, 0, 0),
+        (0, -90, 0, 90, -90, 90),
+        (0.123, 0, 0, 0.25075, 0, 0.091),
+        kin.TURN[dh_is_offset],
+        joints,
+        strict=True,
+    ):
         angle, twist = joint + np.radians(offset), np.radians(alpha)
         (c, s), (ca, sa) = (np.cos(angle), np.sin(angle)), (np.cos(twist), np.sin(twist))
-        pose = pose @ [[c, -s, 0, a], [s * ca, c * ca, -sa, -sa * d], [s * sa, c * sa, ca, ca * d], [0, 0, 0, 1]]
+        pose = pose @ [
+            [c, -s, 0, a],
+            [s * ca, c * ca, -sa, -sa * d],
+            [s * sa, c * sa, ca, ca * d],
+            [0, 0, 0, 1],
+        ]
     return pose @ [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, tool], [0, 0, 0, 1]]
 
 
@@ -47,7 +60,7 @@ def simulated(**options):
 @pytest.mark.parametrize("dh_is_offset", [0, 1])
 @pytest.mark.parametrize("tool", [0.0, kin.TOOL, 0.2])
 def test_fk_is_the_product_of_the_dh_transforms(dh_is_offset, tool):
-    kinematics = Kinematics(dh_is_offset, tool)
+    kinematics = piper_profile(dh_is_offset, tool).kinematics()
     for joints in poses(100):
         position, rotation = kinematics.fk(joints)
         expected = dh_product(joints, dh_is_offset, tool)
@@ -58,16 +71,20 @@ def test_fk_is_the_product_of_the_dh_transforms(dh_is_offset, tool):
 @pytest.mark.parametrize("dh_is_offset", [0, 1])
 def test_fk_is_the_sdks(dh_is_offset):
     fk = pytest.importorskip("piper_sdk.kinematics.piper_fk").C_PiperForwardKinematics(dh_is_offset)
-    kinematics = Kinematics(dh_is_offset, tool=0.0)
+    kinematics = piper_profile(dh_is_offset, tool=0.0).kinematics()
     for joints in poses(100):
-        np.testing.assert_allclose(kinematics.fk(joints)[0] * 1000, fk.CalFK(list(joints))[-1][:3], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            kinematics.fk(joints)[0] * 1000, fk.CalFK(list(joints))[-1][:3], rtol=0, atol=1e-6
+        )
 
 
 def test_ik_follows_a_path_without_jumps():
-    """Over the whole box of Pick Cube, tool down: below 1 um and 1e-6 rad, joints move like the tool."""
-    kinematics, rng = Kinematics(), np.random.default_rng(0)
-    joints = kinematics.ik(STARTS["cube"][0], DOWN, np.radians([0, 100, -60, 0, 45, 0]))[0]
-    place = np.array(STARTS["cube"][0])
+    """Over the whole box of Pick Cube, tool down: below 1 um and 1e-6 rad, joints move like the
+    tool.
+    """
+    kinematics, rng = piper_profile().kinematics(), np.random.default_rng(0)
+    joints = kinematics.ik(STARTS["cube"], DOWN, np.radians([0, 100, -60, 0, 45, 0]))[0]
+    place = np.array(STARTS["cube"])
     for _ in range(300):
         place = np.clip(place + rng.normal(0, 0.008, 3), (0.2, -0.2, -0.1), (0.38, 0.2, 0.05))
         new, position_error, rotation_error = kinematics.ik(place, DOWN, joints)
@@ -77,35 +94,56 @@ def test_ik_follows_a_path_without_jumps():
 
 
 def test_ik_stays_inside_the_limits_and_says_how_far_it_got():
-    kinematics, (low, high) = Kinematics(), limits().T
+    kinematics, (low, high) = piper_profile().kinematics(), limits().T
     for target, start in zip(poses(60, 1), poses(60, 2), strict=True):
         position, rotation = kinematics.fk(target)
         joints, position_error, rotation_error = kinematics.ik(position * 1.5, rotation, start)
         assert (joints >= low).all() and (joints <= high).all()
         here, turn = kinematics.fk(joints)
         assert position_error == pytest.approx(np.linalg.norm(position * 1.5 - here), abs=1e-9)
-        assert rotation_error == pytest.approx(np.linalg.norm(kin.rotation_vector(rotation @ turn.T)), abs=1e-6)
+        assert rotation_error == pytest.approx(
+            np.linalg.norm(rotation_vector(rotation @ turn.T)), abs=1e-6
+        )
     assert kinematics.ik((3.0, 0, 0), DOWN, start)[1] > 2
 
 
-@pytest.mark.parametrize("call", [lambda k: k.fk(np.full(6, np.nan)), lambda k: k.fk(np.zeros(7)),
-                                  lambda k: k.ik((np.inf, 0, 0), DOWN, np.zeros(6)), lambda k: mjcf(dh_is_offset=2)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda k: k.fk(np.full(6, np.nan)),
+        lambda k: k.fk(np.zeros(7)),
+        lambda k: k.ik((np.inf, 0, 0), DOWN, np.zeros(6)),
+        lambda k: mjcf(dh_is_offset=2),
+    ],
+)
 def test_kinematics_refuses_what_is_no_pose(call):
     with pytest.raises(ValueError):
-        call(Kinematics())
+        call(piper_profile().kinematics())
 
 
 def test_limits_are_the_makers():
-    np.testing.assert_allclose(np.degrees(limits()), [(-150, 150), (0, 180), (-170, 0), (-100, 100), (-70, 70),
-                                                      (-120, 120)])
+    np.testing.assert_allclose(
+        np.degrees(limits()),
+        [(-150, 150), (0, 180), (-170, 0), (-100, 100), (-70, 70), (-120, 120)],
+    )
 
 
 # ---- make
-@pytest.mark.parametrize("name, options, said", [
-    ("sym", {}, "sim, piper"), ("nowhere.at.all:Arm", {}, "nowhere"), ("logbook:Arm", {}, "no class"),
-    (":Arm", {}, "import"), ("sim", {"colour": "red"}, "colour"), ("sim", {"task": "juggle"}, "peg, cube"),
-    ("sim", {"clearance": -1}, "clearance"), ("logbook:Clock", {}, "lacks observation_features"),
-    ("piper", {"speed": 80}, "50"), ("piper", {"crash_protection": 0}, "1 to 8")])
+@pytest.mark.parametrize(
+    "name, options, said",
+    [
+        ("sym", {}, "sim, piper"),
+        ("nowhere.at.all:Arm", {}, "nowhere"),
+        ("logbook:Arm", {}, "no class"),
+        (":Arm", {}, "import"),
+        ("sim", {"colour": "red"}, "colour"),
+        ("sim", {"task": "juggle"}, "peg, cube"),
+        ("sim", {"clearance": -1}, "clearance"),
+        ("logbook:Clock", {}, "lacks observation_features"),
+        ("piper", {"speed": 80}, "50"),
+        ("piper", {"crash_protection": 0}, "1 to 8"),
+    ],
+)
 def test_make_says_what_is_wrong(name, options, said):
     with pytest.raises(UserError, match=said):
         arms.make(name, **options)
@@ -176,6 +214,7 @@ def test_same_seed_same_actions_same_trajectory_bitwise(task):
             arm.send_action(action(arm.home + rng.normal(0, 0.2, 6), rng.uniform(0, 0.07)))
             states.append([arm.observe()[key] for key in (*KEYS, *OBJECT)])
         return np.array(states)
+
     used, fresh = simulated(task=task, seed=1), simulated(task=task, seed=2)
     first = play(used)
     used.reset(9)
@@ -195,7 +234,7 @@ def test_objects_start_all_over_table_iiis_ranges(task):
         places.append([arm.observe()["object.x"], arm.observe()["object.y"]])
     spread = np.ptp(places, axis=0)
     assert (spread <= RANGES[task]).all() and (spread > 0.9 * np.array(RANGES[task])).all()
-    np.testing.assert_allclose(np.mean(places, axis=0), STARTS[task][0][:2], atol=0.02)
+    np.testing.assert_allclose(np.mean(places, axis=0), STARTS[task][:2], atol=0.02)
 
 
 @pytest.mark.parametrize("task", RANGES)
@@ -208,7 +247,9 @@ def test_hostile_targets_do_not_explode_the_physics(task):
 
 
 def test_the_peg_stops_on_the_rim_and_goes_through_the_hole():
-    """Pressed 2 cm down beside the hole the tip stays on the rim; over the hole it goes in and counts."""
+    """Pressed 2 cm down beside the hole the tip stays on the rim; over the hole it goes in and
+    counts.
+    """
     for beside, inside in ((0.006, False), (0.0, True)):
         arm = simulated()
         arm.reset(0)
@@ -219,7 +260,9 @@ def test_the_peg_stops_on_the_rim_and_goes_through_the_hole():
             joints = arm.kinematics.ik(hole + [beside, 0, 0.04 + height], DOWN, joints)[0]
             arm.send_action(action(joints))
         tip = arm.kinematics.fk([arm.observe()[key] for key in KEYS[:6]])[0][2] - 0.04
-        assert arm.success() == inside and (tip - hole[2] < -0.02) == inside and tip - hole[2] > -0.03
+        assert (
+            arm.success() == inside and (tip - hole[2] < -0.02) == inside and tip - hole[2] > -0.03
+        )
 
 
 def test_a_peg_as_deep_beside_the_socket_is_no_success():
@@ -246,12 +289,12 @@ def test_real_time_follows_the_clock():
     goal = arm.home + [0.6, 0, 0, 0, 0, 0]
     begin, arm._clock = time.monotonic(), time.monotonic()
     arm.send_action(action(goal))
-    assert abs(arm.get_observation()["joint_1.pos"]) < 0.1                  # nothing moves before time has passed
+    assert abs(arm.get_observation()["joint_1.pos"]) < 0.1  # nothing moves before time has passed
     time.sleep(0.2)
     arm.get_observation()
     took = time.monotonic() - begin
     assert arm._data.time == pytest.approx(took, abs=0.02)
-    arm._clock -= 100.0                                                     # a suspended computer: no long catching up
+    arm._clock -= 100.0  # a suspended computer: no long catching up
     arm.get_observation()
     assert arm._data.time < took + 1.0
 
@@ -280,35 +323,53 @@ def test_faults():
     arm.unplug(False)
     arm.freeze_state()
     arm.reset(0)
-    assert arm.get_observation()["stamp"] > later["stamp"]                  # a reset clears the faults
+    assert arm.get_observation()["stamp"] > later["stamp"]  # a reset clears the faults
 
 
 def test_frozen_cameras_keep_picture_and_stamp(monkeypatch):
     """The bookkeeping of cameras, without OpenGL."""
     arm, drawn = simulated(), itertools.count()
     arm._cameras = ("front", "wrist")
-    picture = lambda: np.full((128, 128, 3), next(drawn), np.uint8)         # noqa: E731
-    monkeypatch.setattr(arm, "_draw", lambda: {"front": picture(), "wrist": picture(),
-                                               "front.stamp": time.monotonic(), "wrist.stamp": time.monotonic()})
+    picture = lambda: np.full((128, 128, 3), next(drawn), np.uint8)  # noqa: E731
+    monkeypatch.setattr(
+        arm,
+        "_draw",
+        lambda: {
+            "front": picture(),
+            "wrist": picture(),
+            "front.stamp": time.monotonic(),
+            "wrist.stamp": time.monotonic(),
+        },
+    )
     assert arm.observation_features["wrist"] == (128, 128, 3)
     first = arm.get_observation()
-    assert set(first) == set(arm.observation_features) and (arm.get_observation()["front"] != first["front"]).all()
+    assert (
+        set(first) == set(arm.observation_features)
+        and (arm.get_observation()["front"] != first["front"]).all()
+    )
     arm.freeze_cameras()
     frozen = arm.get_observation()
-    frozen["front"] += 1                                                    # a reader's own copy
+    frozen["front"] += 1  # a reader's own copy
     again = arm.get_observation()
-    assert (again["front"] != frozen["front"]).all() and again["front.stamp"] == frozen["front.stamp"]
+    assert (again["front"] != frozen["front"]).all() and again["front.stamp"] == frozen[
+        "front.stamp"
+    ]
     assert again["stamp"] > frozen["stamp"]
 
 
 def test_pictures_show_both_views_where_opengl_works():
     from arms.sim import can_draw
+
     if not can_draw():
         pytest.skip("no OpenGL here")
     arm = simulated(cameras=True, size=64)
     seen = arm.get_observation()
     for name in ("front", "wrist"):
-        assert seen[name].shape == (64, 64, 3) and seen[name].dtype == np.uint8 and seen[name].std() > 5
+        assert (
+            seen[name].shape == (64, 64, 3)
+            and seen[name].dtype == np.uint8
+            and seen[name].std() > 5
+        )
     arm.disconnect()
 
 
@@ -340,6 +401,7 @@ def test_the_expert_is_repeatable_and_perfect_without_noise():
             arm.send_action(expert.get_action())
             tips.append(arm.target)
         return np.array(tips), expert.attempts
+
     np.testing.assert_array_equal(play(1.0)[0], play(1.0)[0])
     perfect, attempts = play(0.0)
     assert attempts == 1 and len(perfect) < 60
@@ -353,7 +415,9 @@ def test_the_expert_recovers_when_somebody_else_moved_the_arm():
         arm.send_action(expert.get_action())
     joints = arm.target[:6]
     for _ in range(10):
-        joints = arm.kinematics.ik(arm.kinematics.fk(joints)[0] + [0.0, 0.008, 0.002], DOWN, joints)[0]
+        joints = arm.kinematics.ik(
+            arm.kinematics.fk(joints)[0] + [0.0, 0.008, 0.002], DOWN, joints
+        )[0]
         arm.send_action(action(joints))
     before = expert.attempts
     for _ in range(150):
@@ -363,16 +427,19 @@ def test_the_expert_recovers_when_somebody_else_moved_the_arm():
     assert arm.success() and expert.attempts > before
 
 
-def test_turned_is_a_rotation_about_the_base_frames_axes():
-    turn = turned(np.eye(3), np.array([0.0, 0.0, 0.3]))
+def test_a_rotation_vector_turns_about_the_base_frames_axes():
+    turn = rotation_matrix([0.0, 0.0, 0.3])
     np.testing.assert_allclose(turn[:2, 0], [np.cos(0.3), np.sin(0.3)], atol=1e-12)
-    np.testing.assert_allclose(kin.rotation_vector(turned(DOWN, np.array([0.1, -0.2, 0.05])) @ DOWN.T),
-                               [0.1, -0.2, 0.05], atol=1e-9)
+    np.testing.assert_allclose(
+        rotation_vector(rotation_matrix([0.1, -0.2, 0.05])), [0.1, -0.2, 0.05], atol=1e-9
+    )
 
 
 # ---- the vision encoder
 def pictures(batch=2, views=2, size=32, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (batch, views, size, size, 3), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(
+        0, 256, (batch, views, size, size, 3), dtype=np.uint8
+    )
 
 
 def test_features_have_a_shape_and_are_always_the_same(capsys):
@@ -380,9 +447,18 @@ def test_features_have_a_shape_and_are_always_the_same(capsys):
     assert "warning" in capsys.readouterr().err
     batch = pictures()
     features = one.features(batch)
-    assert features.shape == (2, 1024) and features.dtype == torch.float32 and not features.requires_grad
-    assert torch.equal(features, other.features(torch.from_numpy(batch))) and torch.isfinite(features).all()
-    torch.testing.assert_close(one.features({"front": batch[1, 0], "wrist": batch[1, 1]}), features[1:])
+    assert (
+        features.shape == (2, 1024)
+        and features.dtype == torch.float32
+        and not features.requires_grad
+    )
+    assert (
+        torch.equal(features, other.features(torch.from_numpy(batch)))
+        and torch.isfinite(features).all()
+    )
+    torch.testing.assert_close(
+        one.features({"front": batch[1, 0], "wrist": batch[1, 1]}), features[1:]
+    )
     torch.testing.assert_close(one.features(batch[:, :1]), features[:, :512])
     assert features.std() > 0.05 and (features[0] - features[1]).abs().mean() > 0.01
 
@@ -413,8 +489,14 @@ def test_weights_come_from_a_file(tmp_path, capsys):
     again = Encoder(tmp_path / "again.pt")
     assert torch.equal(again.features(pictures()), encoder.features(pictures()))
     torch.save(net.state_dict() | {"bn1.running_mean": torch.ones(64)}, tmp_path / "other.pt")
-    names = [*again.sizes(["front"]), *Encoder(tmp_path / "other.pt").sizes(["front"]), *Encoder().sizes(["front"])]
-    assert list(encoder.sizes(["front"])) == names[:1] and len(set(names)) == 3       # columns of episodes: never mixed
+    names = [
+        *again.sizes(["front"]),
+        *Encoder(tmp_path / "other.pt").sizes(["front"]),
+        *Encoder().sizes(["front"]),
+    ]
+    assert (
+        list(encoder.sizes(["front"])) == names[:1] and len(set(names)) == 3
+    )  # columns of episodes: never mixed
 
 
 def test_weights_that_cannot_be_saved_leave_the_old_file(tmp_path, monkeypatch):
@@ -422,8 +504,9 @@ def test_weights_that_cannot_be_saved_leave_the_old_file(tmp_path, monkeypatch):
     whole = (tmp_path / "net.pt").read_bytes()
 
     def fail(_, file):
-        (file if hasattr(file, "write") else open(file, "wb")).write(b"half")
+        file.write(b"half")
         raise OSError("disk full")
+
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="disk full"):
         encoder.save(tmp_path / "net.pt")
@@ -449,9 +532,13 @@ def test_nothing_in_a_file_is_executed(tmp_path):
 
 def test_wrong_files_are_refused_by_name(tmp_path):
     state = ResNet10().state_dict()
-    cases = {"junk.pt": b"not a file of weights", "list.pt": [torch.zeros(3)], "numbers.pt": {0: torch.zeros(3)},
-             "short.pt": {name: value for name, value in state.items() if "layer4" not in name},
-             "nan.pt": state | {"bn1.weight": torch.full((64,), torch.nan)}}
+    cases = {
+        "junk.pt": b"not a file of weights",
+        "list.pt": [torch.zeros(3)],
+        "numbers.pt": {0: torch.zeros(3)},
+        "short.pt": {name: value for name, value in state.items() if "layer4" not in name},
+        "nan.pt": state | {"bn1.weight": torch.full((64,), torch.nan)},
+    }
     for name, content in cases.items():
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
@@ -462,7 +549,9 @@ def test_wrong_files_are_refused_by_name(tmp_path):
             Encoder(tmp_path / name)
 
 
-@pytest.mark.parametrize("wrong", [pictures()[0], pictures().astype(np.float32), pictures().transpose(0, 1, 4, 2, 3)])
+@pytest.mark.parametrize(
+    "wrong", [pictures()[0], pictures().astype(np.float32), pictures().transpose(0, 1, 4, 2, 3)]
+)
 def test_the_encoder_refuses_other_shapes_and_types(wrong):
     with pytest.raises(ValueError, match="uint8"):
         Encoder().features(wrong)
