@@ -1,137 +1,149 @@
-"""An arm's learner in its own process: nobody listens for a while, it does not end, its last words.
+"""An arm's learner: POCO on the files of episodes, its warm-up, its checkpoints.
 
-    python -m pytest tests/test_learner.py
+    python -m pytest tests/robot/test_learner.py
 
-Not here: what it learns and how its death is told (test_robot_runs.py, test_robot_care.py).
+Not here: the update (tests/method/test_update.py), the second process (test_background.py), whole
+sessions (test_session.py).
 """
-import multiprocessing
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from arm_data import TASK, settings, write_episode
 
-from arms import learner as module
-from arms.learner import STATS, Background
-from logbook import UserError
-
-OWED = 20_000
-
-
-class Quick:
-    """A learner whose updates cost nothing."""
-
-    absorbed = updates = 0
-
-    def __init__(self, args, task):
-        self.actor, self.critic = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-
-    def load_state_dict(self, state, folder):
-        pass
-
-    def owed(self):
-        return OWED - self.updates
-
-    def update(self):
-        self.updates += 1
-
-    def report(self):
-        return dict.fromkeys(STATS, 0.0) | {"updates": self.updates}
-
-    def save(self, path):
-        path.write_text(str(self.updates))
+import train_online
+from arms.learner import Learner, least_deviation, make_policy, trained
+from arms.pipe import fingerprint, flat
+from logbook import UserError, load_checkpoint
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch):
-    """Starts such a learner in a forked process, so that it is the one given here."""
-    made, context = [], multiprocessing.get_context("fork")
-
-    def begin(learner=Quick):
-        for name, value in (("Learner", learner), ("load_checkpoint", lambda path: {}),
-                            ("networks", lambda args, task: (torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))),
-                            ("multiprocessing", SimpleNamespace(get_context=lambda name: context)),
-                            ("dataclasses", SimpleNamespace(asdict=vars))):
-            monkeypatch.setattr(module, name, value)
-        args = SimpleNamespace(run_dir=str(tmp_path), threads=1, save_every=OWED)
-        made.append(Background(args, None))
-        return made[-1]
-    yield begin
-    for one in made:
-        one.process.kill()
+def folder(tmp_path):
+    """Two demonstrations, and a run of three episodes."""
+    for seed in range(2):
+        write_episode(tmp_path / "demos", seed)
+    for seed in range(2, 5):
+        write_episode(tmp_path / "run/episodes", seed, steps=20)
+    return tmp_path
 
 
-def until(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert condition()
+def episode(folder, number):
+    return folder / f"run/episodes/episode_{number:05d}.hdf5"
 
 
-def test_it_learns_on_while_nobody_listens_and_ends_at_once(start, tmp_path):
-    """A thousand messages are more than a pipe holds; the last one comes through as soon as there is room."""
-    background = start()
-    until(lambda: background.version.value > OWED // 20)
-    until(lambda: background.report().get("updates") == OWED, 10)
-    background = start()
-    until(lambda: background.version.value > OWED // 20)
-    since = time.monotonic()
-    background.close()
-    assert time.monotonic() - since < 5 and background.process.exitcode == 0
-    assert (tmp_path / "last.pt").read_text() == str(OWED)
+def test_the_update_is_train_onlines(folder, monkeypatch):
+    """Nothing of the arm's own: the same object, called with the replay's chunks."""
+    learner = Learner(settings(folder), TASK)
+    assert type(learner.agent) is train_online.POCO
+    seen = []
+    update = learner.agent.update
+    monkeypatch.setattr(
+        learner.agent, "update", lambda batch, warmup: seen.append(warmup) or update(batch, warmup)
+    )
+    learner.absorb(episode(folder, 0))
+    learner.absorb(episode(folder, 1))
+    assert seen == [True] * 25 + [False] * 15 and learner.updates == 40 == learner.seen
 
 
-def test_a_number_used_again_is_another_episode_and_a_deleted_one_is_none(start, tmp_path):
-    class Reading(Quick):
-        def add(self, path):
-            Path(path).read_bytes()
-            self.absorbed += 1
-
-        def owed(self):
-            return 2 * self.absorbed - self.updates
-    background, path = start(Reading), tmp_path / "episodes/episode_00000.hdf5"
-    path.parent.mkdir()
-    for content, updates in ((b"one", 2), (b"one", 2), (b"again", 4), (None, 4), (b"back", 6)):
-        path.unlink(missing_ok=True)
-        if content is not None:
-            path.write_bytes(content)
-        background.absorb(path)
-        time.sleep(0.5)                                                            # too many would come soon, too
-        until(lambda: background.report().get("updates", 0) >= updates, 10)
-        background.check()
-        assert background.report()["updates"] == updates
+@pytest.mark.parametrize("ratio, last", [("0.5", 12), ("1", 24), ("2", 49)])
+def test_warm_up_is_counted_in_steps(folder, ratio, last):
+    """25 steps pay for 12.5, 25 or 50 updates: the actor is released after the same experience."""
+    learner = Learner(settings(folder, "--updates-per-step", ratio), TASK)
+    for learner.updates, frozen in ((0, True), (last, True), (last + 1, False)):
+        assert learner.warmup() == frozen
 
 
-def test_what_does_not_end_is_killed_and_told(start, monkeypatch, capfd):
-    class Stuck(Quick):
-        def update(self):
-            time.sleep(1000)
-    monkeypatch.setattr(module, "LAST", 0.3, raising=False)
-    background = start(Stuck)
-    until(lambda: background.version.value == 1)
-    background.close()
-    assert not background.process.is_alive() and "was killed" in capfd.readouterr().err
+def test_guidance_zero_is_behaviour_cloning_and_samples_no_candidate(folder, monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("the E-step ran although guidance is 0")
+
+    monkeypatch.setattr(train_online, "e_step", forbidden)
+    args = settings(folder, "--guidance", "0", "--warmup-steps", "1")
+    learner = Learner(args, TASK)
+    before = flat([learner.agent.policy]).clone()
+    learner.update()
+    learner.update()
+    assert not torch.equal(flat([learner.agent.policy]), before)
+    assert {"bc", "surrogate", "ess"} & set(learner.totals) == {"bc"}
+    with pytest.raises(AssertionError, match="E-step ran"):
+        args.guidance = 1.0
+        learner.update()
 
 
-@pytest.mark.parametrize("ask", [Background.report, Background.check])
-def test_its_last_words_are_heard_after_its_end(ask, start, capfd):
-    class Diverging(Quick):
-        def update(self):
-            raise ValueError("a non-finite Q")
-    background = start(Diverging)
-    background.process.join(60)
-    with pytest.raises(UserError, match="the learner stopped: a non-finite Q"):
-        ask(background)
-    background.close()
-    assert not capfd.readouterr().err                                              # once is enough
+def test_a_pessimistic_posterior_avoids_what_the_heads_disagree_on(folder):
+    """Q of two chunks, heads (1, 1) and (0, 3): the mean prefers the second, else the first."""
+    args = settings(folder, "--act", "posterior", "--num-candidates", "2")
+    chunks = torch.zeros(1, 2, args.horizon, 7)
+    chunks[:, 1] = 1
+    for args.pessimism, chosen in ((0.0, 1.0), (1.0, 0.0)):
+        acting = Learner(args, TASK).acting()
+        acting.policy.sample = lambda *_, **__: chunks
+        acting.critic = lambda obs, given: torch.tensor([[[1.0, 0.0]], [[1.0, 3.0]]])
+        assert acting(np.zeros((1, 16), np.float32), np.random.default_rng(0)).mean() == chosen
 
 
-def test_why_it_could_not_save_at_the_end_is_told(start, capfd):
-    class Spoilt(Quick):
-        def save(self, path):
-            raise UserError("the policy became non-finite")
-    background = start(Spoilt)
-    until(lambda: background.version.value >= 1)
-    background.close()
-    assert capfd.readouterr().err == "the learner stopped: the policy became non-finite\n"
+def test_a_part_that_demonstrations_hardly_move_is_not_blown_up():
+    least = least_deviation(TASK)
+    assert least.tolist() == pytest.approx([0.05] * 6 + [0.005] + [0.005] * 3 + [0.05] * 6)
+
+
+@pytest.mark.parametrize("save_after", [1, 2])
+def test_a_learner_goes_on_from_its_checkpoint_to_the_bit(folder, save_after):
+    """Episodes are read again from their files, and those it had not absorbed are not."""
+    whole = Learner(settings(folder), TASK)
+    whole.pretrain(lambda learner: None)
+    for number in range(3):
+        whole.absorb(episode(folder, number))
+    part = Learner(settings(folder), TASK)
+    part.pretrain(lambda learner: None)
+    for number in range(save_after):
+        part.absorb(episode(folder, number))
+    part.save(folder / "run/last.pt")
+    again = Learner(settings(folder), TASK)
+    again.load_state_dict(load_checkpoint(folder / "run/last.pt"), folder / "run/episodes")
+    assert again.absorbed == save_after
+    for number in range(save_after, 3):
+        again.absorb(episode(folder, number))
+    nets = [(learner.agent.actor, learner.agent.critic) for learner in (whole, again)]
+    assert fingerprint(nets[0]) == fingerprint(nets[1]) != fingerprint(nets[1][:1])
+    assert again.updates == whole.updates == 60 and again.cloned == 20
+
+
+def test_a_checkpoint_says_all_that_acting_needs(folder):
+    """No size is typed in: neither by eval nor by train_online.load_policy."""
+    learner = Learner(settings(folder, "--hidden", "24", "--flow-steps", "3"), TASK)
+    learner.agent.actor.out.bias.data.fill_(0.3)  # another one than the policy
+    learner.save(folder / "run/last.pt")
+    acting, updates, steps = trained(settings(folder, "--hidden", "24"), TASK)
+    loaded = train_online.load_policy(folder / "run/last.pt")
+    for one in (acting, loaded):
+        assert one.policy.sizes() == learner.agent.actor.sizes()
+        assert fingerprint([one.policy]) == fingerprint([learner.agent.actor])
+    assert (updates, steps) == (0, 0) and loaded.act(np.zeros(16)).shape == (4, 7)
+
+
+def test_a_checkpoint_of_other_columns_is_refused(folder):
+    learner = Learner(settings(folder), TASK)
+    learner.save(folder / "run/last.pt")
+    other = TASK.__class__(**vars(TASK) | {"obs_keys": ("joints", "gripper", "object")})
+    with pytest.raises(UserError, match="learnt from joints, gripper, eef, this arm offers joints"):
+        trained(settings(folder), other)
+
+
+def test_what_diverged_is_not_saved(folder):
+    learner = Learner(settings(folder), TASK)
+    learner.save(folder / "run/last.pt")
+    before = (folder / "run/last.pt").read_bytes()
+    learner.agent.critic.out.bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="learner.critic.out.bias became non-finite"):
+        learner.save(folder / "run/last.pt")
+    assert (folder / "run/last.pt").read_bytes() == before
+
+
+def test_without_recordings_it_says_how_to_make_them(tmp_path):
+    with pytest.raises(UserError, match="python robot.py record --task insert-usb"):
+        Learner(settings(tmp_path), TASK)
+
+
+def test_an_untrained_policy_fits_the_columns(folder):
+    assert make_policy(settings(folder), TASK).sizes()["obs_dim"] == 16
