@@ -33,7 +33,9 @@ def make_by_type(kind: str, name: str, options: dict):
         )
     try:
         return vars(package)[MAKERS[kind]](decode(known[name], options))
-    except (ImportError, TypeError, ValueError, OSError) as error:
+    except ImportError as error:
+        raise UserError(f"{kind} '{name}' lacks a package: {error}") from error
+    except (TypeError, ValueError, OSError) as error:
         raise UserError(f"{kind} '{name}' does not take these options: {error}") from error
 
 
