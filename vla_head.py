@@ -1,6 +1,6 @@
 """POCO on a vision-language-action policy: a flow action head on a frozen backbone (Sec. V-F).
 
-    python vla_head.py --task lift --preset cpu   # tiny random backbone, 15 minutes on one core
+    python vla_head.py --task lift --preset cpu   # a small backbone, 15 minutes on one core
     python vla_head.py --task lift --preset paper --backbone DIR  # Table V on SmolVLM or PaliGemma
     python vla_head.py --resume runs/lift-vla-s0  # continues an interrupted run exactly
     from vla_head import VLAFlowHead              # the head, for any backbone's hidden states
@@ -33,7 +33,13 @@ from torch.nn import functional as F
 import demos
 import train_offline
 import train_online
-from arms.adapters.backbone import INSTRUCTIONS, fingerprint, open_backbone
+from arms.adapters import pretrained
+from arms.adapters.backbone import (
+    INSTRUCTIONS,
+    fingerprint,
+    open_backbone,
+    resolve_backbone,
+)
 from demos.views import Seeing, View, see_demonstrations
 from flow_policy import FlowPolicy
 from logbook import UserError, cli, usable_device, user_errors
@@ -268,6 +274,7 @@ class VLAFlowHead(FlowPolicy):
 
 PROPRIOCEPTION = 9  # first numbers of robomimic's observation; the object behind them is hidden
 VIEWS = 2  # pictures: the scene, and from the hand
+LARGEST_PICTURE = 224  # pixels of a side; a SmolVLM takes 512, and enlarges it
 
 
 @dataclass
@@ -276,7 +283,7 @@ class Args(train_online.Args):
 
     task: str = "lift"  # lift, can or square
     preset: Literal["cpu", "paper"] = "cpu"  # paper: Table V, needs --backbone; cpu: minutes
-    backbone: str = "tiny"  # folder of a SmolVLM or PaliGemma; tiny: a small random one
+    backbone: str = "auto"  # folder of a SmolVLM or PaliGemma, mobilenet-minilm or tiny (random)
     instruction: str | None = None  # what the backbone is told; default: the task's own
     view: Literal["auto", "rendered", "drawn"] = "auto"  # pictures by OpenGL or by software
     hidden: Width = 512  # width of the critic's hidden layers
@@ -375,16 +382,19 @@ class SeenSimulation(train_offline.Simulation):
 
     stage_one = "vla-bc"
     method = "vla"
+    others: tuple[str, ...] = ()  # further instructions that the backbone must know
 
     def __init__(self, args: Args):
         super().__init__(args)
+        args.backbone = resolve_backbone(args.backbone)
         refuse_contradictions(args)
-        with user_errors():
-            self.view = View(args.view, args.task, env_args=self.recorded_world)
-        args.view = self.view.kind  # a resumed run sees the same pictures
-        text = args.instruction or INSTRUCTIONS[args.task]
+        text = args.instruction or INSTRUCTIONS.get(args.task, args.task)
         device = usable_device(args.device, mps=False)
-        self.backbone = open_backbone(args.backbone, text, VIEWS, device)
+        self.backbone = open_backbone(args.backbone, text, VIEWS, device, self.others)
+        size = min(self.backbone.size, LARGEST_PICTURE)
+        with user_errors():
+            self.view = View(args.view, args.task, size=size, env_args=self.recorded_world)
+        args.view = self.view.kind  # a resumed run sees the same pictures
         self.obs_dim = PROPRIOCEPTION + self.backbone.length * self.backbone.width
         print(f"'{text}', {VIEWS} views {args.view}, backbone {args.backbone}", flush=True)
 
@@ -438,10 +448,10 @@ class SeenSimulation(train_offline.Simulation):
 
 def refuse_contradictions(args: Args) -> None:
     """Refuse what could only fail later."""
-    if args.preset == "paper" and args.backbone == "tiny":
+    if args.preset == "paper" and args.backbone in ("tiny", pretrained.NAME):
         raise UserError(
             "--preset paper needs --backbone DIR, a SmolVLM or PaliGemma in from_pretrained's "
-            "format; --preset cpu makes a tiny random one"
+            "format; --preset cpu does with a small one"
         )
     if args.channels % math.lcm(args.attention_heads, 2):
         raise UserError(

@@ -1,23 +1,27 @@
 """A frozen vision-language model from transformers, SmolVLM or PaliGemma, and its prompt.
 
-    backbone = Backbone.load(folder, "lift the red cube", views=2)  # local files only
-    hidden = backbone(images)                                       # (B, L, W)
-    obs = backbone.observe(images, state)                           # (B, P + L*W), for vla_head.py
-    tiny_backbone(folder)                   # writes a random model of 0.13 M weights, for a laptop
+    backbone = open_backbone("auto", "lift the red cube", 2, device)  # what --backbone names
+    backbone = Backbone.load(folder, "lift the red cube", views=2)    # local files only
+    hidden = backbone(images)                                         # (B, L, W)
+    obs = backbone.observe(images, state)                    # (B, P + L*W), for vla_head.py
+    tiny_backbone(folder)                                    # writes a random one of 0.13 M weights
 
 `transformers` is imported when a model is made, which takes some seconds.
-Not here: a head (vla_head.py), models that bring their own head (pi05.py, smolvla.py, groot.py).
+Not here: a head (vla_head.py), the small trained backbone (pretrained.py), models that bring their
+own head (pi05.py, smolvla.py, groot.py).
 
-Shapes: B batch, V views, S image side, L tokens, W their width, P proprioception.
+Shapes: B batch, V views, S image side, I instructions, L tokens, W their width, P proprioception.
 """
 
 import hashlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from logbook import UserError
 
@@ -44,12 +48,21 @@ DOWNLOAD = "huggingface-cli download HuggingFaceTB/SmolVLM2-500M-Video-Instruct 
 
 
 class Backbone:
-    """A frozen model with its prompt: images -> hidden states (B, L, W), one row per state.
+    """A frozen model with its prompts: images -> hidden states (B, L, W), one row per state.
 
+    instruction: what it is told by default. others: further instructions, chosen by `which` in a
+    call; shorter prompts are padded at their end, and the padding's hidden states are zero.
     It counts its `calls` and the `rows` it encoded.
     """
 
-    def __init__(self, model: nn.Module, instruction: str, views: int, tokenizer=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        instruction: str,
+        views: int,
+        tokenizer=None,
+        others: Sequence[str] = (),
+    ):
         self.model = model.eval().requires_grad_(False)
         self.views = views
         self.calls = 0
@@ -63,7 +76,9 @@ class Backbone:
         patches = (self.size // vision.patch_size) ** 2
         merged = 1 if self.family == "paligemma" else config.scale_factor**2
         self.image_tokens = patches // merged
-        self.prompt = torch.tensor([self._prompt(instruction, tokenizer)])  # (1, L)
+        prompts = [torch.tensor(self._prompt(text, tokenizer)) for text in (instruction, *others)]
+        self.prompt = pad_sequence(prompts, batch_first=True)  # (I, L)
+        self.mask = pad_sequence([torch.ones_like(one) for one in prompts], batch_first=True)
         self.length = self.prompt.shape[1]
 
     @classmethod
@@ -74,6 +89,7 @@ class Backbone:
         views: int = 1,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        others: Sequence[str] = (),
     ) -> "Backbone":
         """Load a SmolVLM or PaliGemma from a local folder; nothing is downloaded.
 
@@ -88,7 +104,7 @@ class Backbone:
         tokenizer = None
         if model.config.text_config.vocab_size != BYTE_VOCABULARY:
             tokenizer = load_tokenizer(folder)
-        return cls(model.to(device), instruction, views, tokenizer)
+        return cls(model.to(device), instruction, views, tokenizer, others)
 
     def _prompt(self, instruction, tokenizer) -> list[int]:
         if tokenizer is None:  # our own tiny model reads the bytes of the instruction
@@ -106,50 +122,78 @@ class Backbone:
         return ids
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, which: Tensor | None = None) -> Tensor:
         """Encode images (B, V, S, S, 3) uint8 -> last hidden states (B, L, W).
 
-        They are resized to the model's own size. Only uint8 is taken: 0 ... 255 never becomes the
-        exact zero that SmolVLM takes for a missing image and drops.
+        which (B,): the number of each row's instruction, 0 by default. Images are resized to the
+        model's own size. Only uint8 is taken: 0 ... 255 never becomes the exact zero that SmolVLM
+        takes for a missing image and drops.
         """
+        pixels = self._pixels(images)
+        rows = len(images)
+        if self.family != "paligemma":
+            pixels = pixels.unflatten(0, (rows, self.views))
+        if which is None:
+            which = torch.zeros(rows, dtype=torch.long)
+        mask = self.mask[which].to(pixels.device)
+        out = self.model(
+            input_ids=self.prompt[which].to(pixels.device),
+            pixel_values=pixels,
+            attention_mask=mask,
+            use_cache=False,
+        )
+        self.calls += 1
+        self.rows += rows
+        hidden = out.last_hidden_state
+        return hidden * mask.unsqueeze(-1).to(hidden.dtype)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Resize images (B, V, S, S, 3) and scale them to [-1, 1]: (B*V, 3, size, size)."""
         if images.dtype != torch.uint8 or images.ndim != 5 or images.shape[1] != self.views:
             raise ValueError(
                 f"images are uint8 (B, {self.views}, S, S, 3), got {images.dtype} "
                 f"{tuple(images.shape)}"
             )
-        rows = len(images)
         weight = next(self.model.parameters())
         pixels = images.to(weight.device).permute(0, 1, 4, 2, 3).flatten(0, 1) / 127.5 - 1
         if pixels.shape[-2:] != (self.size, self.size):
             size = (self.size, self.size)
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-        pixels = pixels.to(weight.dtype)  # (B*V, 3, S, S)
-        if self.family != "paligemma":
-            pixels = pixels.unflatten(0, (rows, self.views))
-        ids = self.prompt.to(weight.device).expand(rows, -1)
-        out = self.model(
-            input_ids=ids,
-            pixel_values=pixels,
-            attention_mask=torch.ones_like(ids),
-            use_cache=False,
-        )
-        self.calls += 1
-        self.rows += rows
-        return out.last_hidden_state
+        return pixels.to(weight.dtype)
 
-    def observe(self, images: Tensor, state: Tensor) -> Tensor:
+    def observe(self, images: Tensor, state: Tensor, which: Tensor | None = None) -> Tensor:
         """Encode images and append them to the proprioception (B, P) -> (B, P + L*W)."""
-        hidden = self(images).flatten(1)
+        hidden = self(images, which).flatten(1)
         return torch.cat([state.to(hidden.device), hidden.to(state.dtype)], dim=1)
 
 
-def open_backbone(name: str, instruction: str, views: int, device: torch.device) -> Backbone:
-    """Load the model that --backbone names: a folder, or "tiny" for a small random one."""
+def resolve_backbone(name: str) -> str:
+    """Return the backbone that "auto" stands for: the trained one where its packages are."""
+    if name != "auto":
+        return name
+    from arms.adapters import pretrained
+
+    return pretrained.NAME if pretrained.installed() else "tiny"
+
+
+def open_backbone(
+    name: str, instruction: str, views: int, device: torch.device, others: Sequence[str] = ()
+) -> Backbone:
+    """Load the model that --backbone names.
+
+    A folder, "tiny" for a small random one, "mobilenet-minilm" for a small trained one, or "auto".
+    """
+    from arms.adapters import pretrained
+
+    name = resolve_backbone(name)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name == pretrained.NAME:
+        return pretrained.PackagedBackbone(instruction, views, device, others)
     if name != "tiny":
-        return Backbone.load(name, instruction, views, device, dtype)
+        return Backbone.load(name, instruction, views, device, dtype, others)
     with tempfile.TemporaryDirectory() as folder:
-        return Backbone.load(tiny_backbone(folder), instruction, views, device, dtype)
+        tiny_backbone(folder)
+        return Backbone.load(folder, instruction, views, device, dtype, others)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None) -> nn.Module:
