@@ -189,7 +189,7 @@ def quiet():
 
 
 @contextlib.contextmanager
-def deadline(seconds: float = SECONDS):
+def deadline():
     """Interrupt a hand-in that does not return. Where there are no alarms (Windows), wait."""
     if not hasattr(signal, "setitimer"):
         yield
@@ -199,7 +199,7 @@ def deadline(seconds: float = SECONDS):
         raise TooSlow
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     finally:
