@@ -61,6 +61,20 @@ class Driver:
                 "the arm is not calibrated: calibrate it with its own tool first "
                 "(lerobot-calibrate for LeRobot's arms)"
             )
+        self._refuse_incomplete()
+
+    def _refuse_incomplete(self) -> None:
+        """UserError for an observation without a joint; none at all is waited for later."""
+        try:
+            seen = set(self.robot.get_observation())
+        except Exception:  # drivers' errors are of any kind; the loop tells of one that lasts
+            return
+        missing = [key for key in self.profile.keys if key not in seen]
+        if missing:
+            raise UserError(
+                f"this robot's observation lacks {', '.join(missing)}, which the arm profile "
+                f"'{self.profile.name}' names; it has {', '.join(sorted(seen))}"
+            )
 
     def refuse_implausible(self, joints, gripper: float) -> None:
         """UserError for a measured pose that the profile's limits exclude."""

@@ -4,6 +4,7 @@ python -m pytest tests/robot/test_mistakes.py
 """
 
 import errno
+import shlex
 import sys
 
 import numpy as np
@@ -15,7 +16,7 @@ import robot
 from arms.driver import Driver
 from arms.episodes import Episode, numbered
 from arms.keypad import ScriptedPad
-from arms.settings import open_driver, parse_args
+from arms.settings import hint, open_driver, parse_args
 from logbook import UserError
 
 
@@ -201,3 +202,126 @@ def test_a_key_pressed_before_the_question_is_no_answer_to_it():
     with rig:
         take = rig.episode(lambda obs: pressed.append("success") or ahead(obs), 0)
         assert take.outcome == "timeout" and pressed == []
+
+
+# ---- a stop key, whatever judges success
+
+
+class Judging(Plain):
+    """A real arm whose own classifier says what succeeded, after so many commands."""
+
+    succeeds_after = 6
+
+    def success(self):
+        return len(self.sent) > self.succeeds_after
+
+
+def judged_session(monkeypatch, pad, succeeds_after=6):
+    """Open a session on such an arm with this keypad; the names of the keypads that were opened."""
+    arm = Judging(False)
+    arm.succeeds_after = succeeds_after
+    opened = []
+    monkeypatch.setattr(rig_module, "open_driver", lambda args: (Driver(arm, arm.profile), None))
+    monkeypatch.setattr(rig_module, "open_keypad", lambda name: opened.append(name) or pad)
+    return arm, opened
+
+
+@pytest.mark.parametrize("key, outcome", [("stop", "stop"), ("quit", "quit"), ("fail", "fail")])
+def test_an_arm_that_judges_itself_still_obeys_the_keys(key, outcome, monkeypatch, capsys):
+    pad = Person(space, [None, None, key])
+    arm, opened = judged_session(monkeypatch, pad)
+    with rig_module.session(parse_args(["train", *TOY])) as rig, rig:
+        episode = rig.episode(ahead, 0)
+    assert opened == ["terminal"] and "x or ESC stop" in capsys.readouterr().out
+    assert episode.outcome == outcome and len(arm.sent) < 6 + (key != "stop") * 400
+
+
+def test_an_arm_that_judges_itself_pauses_and_succeeds(monkeypatch):
+    """Space holds it for three periods; then its own judgement ends the episode."""
+    pad = Person(space, [None, "pause", None, None, "pause"])
+    _, _ = judged_session(monkeypatch, pad, succeeds_after=8)
+    with rig_module.session(parse_args(["train", *TOY])) as rig, rig:
+        episode = rig.episode(ahead, 0)
+    assert episode.outcome == "success" and rig.guard.counts["paused"] == 3
+
+
+def test_nobody_switches_the_keys_of_such_an_arm_off(monkeypatch):
+    judged_session(monkeypatch, ScriptedPad())
+    args = parse_args(["train", *TOY, "--keypad", "none"])
+    refused = pytest.raises(UserError, match="stop this one")
+    with refused, rig_module.session(args):
+        pass
+
+
+# ---- causes are named
+
+
+def test_an_observation_without_a_joint_is_named_at_once():
+    """Not five seconds of holding and advice about cables."""
+    rig, arm = plain(Person(space))
+    get = arm.get_observation
+    arm.get_observation = lambda: {
+        name: value for name, value in get().items() if name != "joint_3.pos"
+    }
+    with pytest.raises(UserError, match="lacks joint_3.pos.*it has gripper.pos, joint_1.pos"), rig:
+        pass
+    assert not arm.sent and not arm.is_connected
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"joint_3.pos": -57.0}, "joint_3.pos would be at -3266 degrees.*speaks radians"),
+        ({"gripper.pos": 35.0}, "gripper.pos would be 3500.0 cm open.*opens 7 cm"),
+    ],
+)
+def test_measured_numbers_that_cannot_be_are_told_before_the_first_command(wrong, told):
+    rig, arm = plain(Person(space))
+    get = arm.get_observation
+    arm.get_observation = lambda: get() | wrong
+    with pytest.raises(UserError, match=told), rig:
+        pass
+    assert not arm.sent and not arm.is_connected
+
+
+def test_an_uncalibrated_arm_is_not_driven():
+    rig, arm = plain(Person(space))
+    arm.is_calibrated = False
+    with pytest.raises(UserError, match="not calibrated.*lerobot-calibrate"), rig:
+        pass
+    assert not arm.sent and not arm.is_connected
+
+
+def test_a_robot_without_a_profile_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hands", sys.modules[__name__])
+    monkeypatch.setattr(Plain, "profile", None, raising=False)
+    args = parse_args(["train", *TOY[:-1], "--robot", "hands:Unknown"])
+    with pytest.raises(UserError, match="nobody says in which units hands:Unknown.*--profile"):
+        open_driver(args)
+
+
+class Unknown(Plain):
+    """A LeRobot-like arm with the Piper's key names that declares no profile."""
+
+    def __init__(self):
+        super().__init__(False)
+        self.profile = None
+
+    observation_features = {}
+    action_features = {}
+    is_calibrated = True
+
+
+# ---- hints run as printed
+
+
+def test_the_hint_after_recording_names_the_same_arm_and_data(tmp_path):
+    words = ["--robot", "arms.sim:SimArm", "--options", "clearance=0.002", "task=peg"]
+    words += ["--data", str(tmp_path / "my demos"), "--no-realtime"]
+    args = parse_args(["record", *TOY, *words])
+    command = shlex.split(hint(args, "train"))
+    assert command[:3] == ["python", "robot.py", "train"]
+    again = parse_args(command[2:])
+    for name in ("robot", "options", "data", "preset", "task", "realtime", "profile", "teleop"):
+        assert getattr(again, name) == getattr(args, name), name
+    assert "--robot" in command and "--data" in command

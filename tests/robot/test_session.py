@@ -134,6 +134,36 @@ def test_a_run_killed_between_episodes_continues_bitwise(trained, recorded, tmp_
     ]
 
 
+def test_rows_that_a_kill_has_cost_are_written_on_resume(trained, recorded, tmp_path):
+    """The process dies between an episode's file and its row: here three times in a row."""
+    train(tmp_path / "run", recorded, "--episodes", "3")
+    table = tmp_path / "run" / "progress.csv"
+    whole = table.read_text().splitlines(keepends=True)
+    state = (tmp_path / "run" / "last.pt").read_bytes()
+    for kept in (3, 2, 1):  # the header and so many rows less one
+        table.write_text("".join(whole[:kept]))
+        (tmp_path / "run" / "last.pt").write_bytes(state)
+        train(tmp_path / "run", recorded, "--resume", str(tmp_path / "run"), "--episodes", "3")
+        rows = rows_of(tmp_path / "run")
+        names = ("step", "success", "reward", "length")
+        wanted = [[row[name] for name in names] for row in rows_of(trained)[:3]]
+        assert [[row[name] for name in names] for row in rows] == wanted
+
+
+def test_a_row_written_on_resume_has_what_its_updates_say(trained, recorded, tmp_path):
+    """Where the checkpoint is older than the episode, its updates are done again and reported."""
+    train(tmp_path / "run", recorded, "--episodes", "1")
+    old = (tmp_path / "run" / "last.pt").read_bytes()
+    train(tmp_path / "run", recorded, "--resume", str(tmp_path / "run"), "--episodes", "2")
+    table = tmp_path / "run" / "progress.csv"
+    whole = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(whole[:2]))
+    (tmp_path / "run" / "last.pt").write_bytes(old)
+    train(tmp_path / "run", recorded, "--resume", str(tmp_path / "run"), "--episodes", "2")
+    for name in ("step", "updates", "critic", "q_data"):
+        assert rows_of(tmp_path / "run")[1][name] == rows_of(trained)[1][name], name
+
+
 def start(*command):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "robot.py"), *command],
