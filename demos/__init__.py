@@ -1,188 +1,198 @@
-"""
-Where demonstrations come from: files you have, downloads, scripted experts and OGBench's own oracles.
+"""Where demonstrations come from: your files, downloads, scripted experts and OGBench's oracles.
 
-    python -m demos --task lift --episodes 20 --seed 0 --out lift.hdf5              # make some: 20 s on one core
-    python -m demos --check lift --data lift.hdf5                                   # does the simulator agree?
-    data = demos.load("lift.hdf5", "lift")                                          # ready for the replay
-    path = demos.obtain("can", "paper")                                             # found, downloaded or made
-"""
-from __future__ import annotations
+    python -m demos --task lift --episodes 20 --seed 0 --out lift.hdf5        # make: 20 s, one core
+    python -m demos --check --task lift --data lift.hdf5          # does the simulator agree?
+    data = demos.load("lift.hdf5", "lift")                        # ready for the replay
+    path = demos.obtain("can", "paper")                           # found, downloaded or made
 
-import multiprocessing
-import os
-import signal
-import threading
+Not here: the formats (hdf5.py, npz.py, minari.py), the makers (scripted.py, ogbench.py).
+"""
+
+import hashlib
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 import envs
-from demos import download, hdf5
-from demos.can import CanDemonstrator
-from demos.hdf5 import save  # noqa: F401 - demos.save
-from demos.lift import LiftDemonstrator
-from demos.square import SquareDemonstrator
+from demos import download, hdf5, npz, ogbench, scripted
+from demos.columns import DataError, existing
+from demos.hdf5 import save
 
-EXPERTS = {"lift": LiftDemonstrator, "can": CanDemonstrator, "square": SquareDemonstrator}
-_env = None  # one per process
+__all__ = ["DataError", "collect", "env_args", "fingerprint", "load", "made", "obtain", "save"]
+
+FIELDS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
 
 
-# ------------------------------------------------------------------------------------- which file, what is in it
-def made(task, episodes: int, seed: int, directed: bool = False) -> Path:
-    """Where demonstrations that are made here are kept and found again."""
+# ---- which file
+
+
+def made(task: str | envs.Task, episodes: int, seed: int, directed: bool = False) -> Path:
+    """Return where demonstrations that are made here are kept and found again."""
     task = envs.get_task(task)
-    kind, suffix = ("scripted", "hdf5") if task.suite == "robosuite" else ("directed" if directed else "play", "npz")
+    kind = "scripted"
+    suffix = "hdf5"
+    if task.suite == "ogbench":
+        kind = "directed" if directed else "play"
+        suffix = "npz"
     return Path("data") / f"{task.name}-{kind}-{episodes}-s{seed}.{suffix}"
 
 
-def obtain(task, preset: str, data=None, episodes: int = 20, seed: int = 0, workers: int = 1) -> Path:
-    """
-    The file to train on; the choice is printed. `data` names it. Otherwise the cpu preset makes its own, the same
-    everywhere; the paper preset looks for the public file, then downloads it, then makes `episodes` of its own.
+def obtain(
+    task: str | envs.Task,
+    preset: str,
+    data: str | Path | None = None,
+    episodes: int = 20,
+    seed: int = 0,
+    workers: int = 1,
+) -> Path:
+    """Return the file to train on; the choice is printed.
+
+    `data` names it. Otherwise the cpu preset makes its own, the same everywhere. The paper preset
+    looks for the public file, then downloads it, then makes `episodes` of its own.
     """
     task = envs.get_task(task)
     directed = preset == "cpu" and task.cpu.get("directed", False)
     own = made(task, episodes, seed, directed)
-    if data is not None and (Path(data) != own or own.is_file()):  # its own file is made again if it went missing
-        return Path(data).expanduser()
+    if data is not None and (Path(data) != own or own.is_file()):
+        return Path(data).expanduser()  # a file made here is made again if it went missing
     if preset == "paper" and data is None:
-        for path in download.places(task):
-            if path.is_file():
-                return _say(path, "found")
-        print(f"data: no {download.places(task)[0]}, downloading it", flush=True)
-        try:
-            return _say(download.fetch(download.mirrors(task), download.places(task)[0]), "downloaded")
-        except (download.DownloadError, OSError) as error:
-            print(f"data: {error}. Making {episodes} episodes instead", flush=True)
+        public = public_file(task, episodes)
+        if public is not None:
+            return public
     if own.is_file():
-        return _say(own, "made earlier")
+        return announced(own, "made earlier")
     collect(task, episodes, seed, own, workers, directed=directed)
-    return _say(own, "made just now")
+    return announced(own, "made just now")
 
 
-def _say(path: Path, how: str) -> Path:
+def public_file(task: envs.Task, episodes: int) -> Path | None:
+    """Find or download the task's public file; None, after saying why, if it cannot be had."""
+    places = download.places(task)
+    for path in places:
+        if path.is_file():
+            return announced(path, "found")
+    print(f"data: no {places[0]}, downloading it", flush=True)
+    try:
+        return announced(download.fetch(task), "downloaded")
+    except (download.DownloadError, OSError) as error:
+        print(f"data: {error}. Making {episodes} episodes instead", flush=True)
+        return None
+
+
+def announced(path: Path, how: str) -> Path:
     print(f"data: {path}, {how}; --data FILE takes another", flush=True)
     return path
 
 
-def load(path, task=None, episodes: int | None = None) -> dict[str, np.ndarray]:
+# ---- what is in it
+
+
+def load(
+    path: str | Path,
+    task: str | envs.Task | None = None,
+    episodes: int | None = None,
+    obs_keys: Sequence[str] | None = None,
+    filter_key: str | None = None,
+    clip_actions: bool = False,
+) -> dict[str, np.ndarray]:
+    """Read all steps of a file, or of its first `episodes` demonstrations, in order.
+
+    The format is told by the file's content: robomimic's HDF5, or npz in the layout of OGBench or
+    D4RL. `task` may be left out where the file names it (HDF5). obs_keys and filter_key choose
+    observations and demonstrations of an HDF5 file. clip_actions accepts actions beyond [-1, 1].
+    Returns obs (N, D), action (N, A), reward (N,), next_obs (N, D), terminated and truncated (N,).
+    Raises DataError (a ValueError) or FileNotFoundError in one sentence with the file's name.
     """
-    All steps of a file (or of its first `episodes` demonstrations), in order: obs (N, D), action (N, A), reward (N,),
-    next_obs (N, D), terminated and truncated (N,). `task` may be left out where the file names it (HDF5).
+    path = existing(path, task)
+    if is_npz(path, task):
+        if obs_keys or filter_key:
+            raise DataError(f"{path}: observation keys and filters are for HDF5 files")
+        if task is None:
+            raise DataError(f"{path}: an npz file does not name its task; give it")
+        data = npz.load(path, task, episodes, clip_actions)
+    else:
+        data = hdf5.load(path, task, episodes, obs_keys, filter_key, clip_actions)
+    warn_of_no_success(path, data)
+    return data
+
+
+def env_args(path: str | Path, task: str | envs.Task | None = None) -> dict | None:
+    """Return the simulator's arguments in a file, for envs.make_env(..., env_args=...).
+
+    None where such files have none.
     """
-    if _is_ogbench(path, task):
-        from demos import ogbench
-
-        return ogbench.load(path, task, episodes)
-    return hdf5.load(path, task, episodes)
-
-
-def env_args(path, task=None) -> dict | None:
-    """The simulator's arguments stored in a file, for envs.make_env(task, seed, env_args=...); None if it has none."""
-    return None if _is_ogbench(path, task) else hdf5.env_args(Path(path).expanduser())
+    if task is not None and envs.get_task(task).suite != "robosuite":
+        return None
+    if is_npz(existing(path, task), task):
+        return None
+    return hdf5.env_args(path)
 
 
-def _is_ogbench(path, task=None) -> bool:
-    """By the task, or by the file's name where no task is given."""
-    if task is not None:
-        return envs.get_task(task).suite == "ogbench"
-    return Path(path).suffix == ".npz"
+def is_npz(path: Path, task: str | envs.Task | None = None) -> bool:
+    """Tell npz from HDF5 by the file's first bytes, or else by what the task's files are."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start.startswith(b"PK"):
+        return True
+    if start == b"\x89HDF\r\n\x1a\n":
+        return False
+    return path.suffix == ".npz" or (task is not None and envs.get_task(task).suite == "ogbench")
 
 
-# --------------------------------------------------------------------------------------------------- making them
-def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = True, directed: bool = False) -> Path:
+def warn_of_no_success(path: Path, data: dict[str, np.ndarray]) -> None:
+    """Print a warning if no step of the data stands out: then nothing says what is wanted."""
+    rewards = data["reward"]
+    if data["terminated"].any() or rewards.min() != rewards.max():
+        return
+    print(
+        f"data: WARNING, no demonstration in {path} succeeds: every reward is {rewards[0]:g}. "
+        f"Look at it: python -m demos --check --task TASK --data {shlex.quote(str(path))}",
+        flush=True,
+    )
+
+
+def fingerprint(data: dict[str, np.ndarray]) -> dict[str, int | str]:
+    """Identify loaded data, so that a run can tell whether it goes on with the same.
+
+    Returns steps, episodes, and a checksum of all values.
     """
-    Writes `episodes` successful demonstrations and returns the path. The file depends on (task, episodes, seed) alone:
-    attempt i has its own seed, and the first successes in the order of the attempts are kept. `directed`: ogbench.py.
+    digest = hashlib.sha256()
+    for name in FIELDS:
+        column = np.ascontiguousarray(data[name])
+        digest.update(f"{name} {column.dtype} {column.shape}".encode())
+        digest.update(column.tobytes())
+    ends = np.asarray(data["terminated"], bool) | np.asarray(data["truncated"], bool)
+    return {
+        "steps": len(data["reward"]),
+        "episodes": int(ends.sum()),
+        "checksum": digest.hexdigest()[:16],
+    }
+
+
+# ---- making one
+
+
+def collect(
+    task: str | envs.Task,
+    episodes: int,
+    seed: int,
+    path: str | Path,
+    workers: int = 1,
+    progress: bool = True,
+    directed: bool = False,
+) -> Path:
+    """Write `episodes` demonstrations and return the path.
+
+    The file depends on (task, episodes, seed, directed) alone. directed: see ogbench.py.
     """
     task = envs.get_task(task)
     if episodes < 1:
         raise ValueError(f"need at least one demonstration, got {episodes}")
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)  # a wrong place is refused now, not after the work
-    if _is_ogbench(path, task):
-        from demos import ogbench
-
+    Path(path).parent.mkdir(parents=True, exist_ok=True)  # refuse a wrong place before the work
+    if task.suite == "ogbench":
         return ogbench.collect(task, episodes, seed, path, workers, progress, directed)
-    if task.name not in EXPERTS:
-        raise ValueError(f"no scripted expert for task '{task.name}'; experts: {', '.join(EXPERTS)}")
-    from tqdm import tqdm
-
-    kept, attempts = [], 0
-    with tqdm(total=episodes, desc=f"{task.name} demonstrations", disable=not progress) as bar:
-        for episode in _attempts(task, seed, workers):
-            attempts += 1
-            if episode["success"][-1]:
-                kept.append(episode)
-                bar.update()
-            if len(kept) == episodes:
-                break
-            if attempts >= 20 and len(kept) < 0.2 * attempts:
-                raise RuntimeError(f"only {len(kept)} of {attempts} attempts succeeded: is the simulator right?")
-    save(path, task, kept[0]["env_args"], kept)
-    if progress:
-        lengths = [len(episode["action"]) for episode in kept]
-        print(f"{path}: {episodes} demonstrations of {attempts} attempts, {sum(lengths):,} steps, "
-              f"{min(lengths)} to {max(lengths)} long, {np.mean(lengths):.0f} on average")
-    return Path(path)
-
-
-def _attempts(task, seed: int, workers: int):
-    """Yields attempt 0, 1, 2, ... in order, however many processes make them."""
-    return spread(_attempt, ((task, seed, attempt) for attempt in range(1_000_000)), workers)
-
-
-def spread(function, jobs, workers: int):
-    """Yields function(job) in the order of the jobs, made here or in so many processes. RuntimeError if one dies."""
-    if workers <= 1:
-        yield from map(function, jobs)
-        return
-    from concurrent.futures import ProcessPoolExecutor, process
-    from itertools import islice
-
-    jobs = iter(jobs)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_worker) as pool:
-        try:
-            pending = [pool.submit(function, job) for job in islice(jobs, 2 * workers)]
-            while pending:
-                yield pending.pop(0).result()
-                pending += [pool.submit(function, job) for job in islice(jobs, 1)]
-        except process.BrokenProcessPool as error:
-            raise RuntimeError("a process that made demonstrations died: out of memory? Try --workers 1") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _worker() -> None:
-    """Ctrl-C is its parent's affair, with which it ends, however that one does."""
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def _attempt(job) -> dict:
-    global _env
-    task, seed, attempt = job
-    if _env is None or _env.task != task:
-        _env = envs.make_env(task)
-    streams = np.random.default_rng([seed, attempt])
-    episode_seed = int(streams.integers(2**31))  # hashed: evaluation seeds, small integers, are other episodes
-    expert = EXPERTS[task.name](streams)
-    sim = _env.simulator.sim
-    obs, _ = _env.reset(seed=episode_seed)
-    observations, actions, successes, states, ended = [obs], [], [], [], False
-    while not ended:
-        states.append(sim.get_state().flatten())
-        actions.append(expert(obs))
-        obs, _, terminated, truncated, info = _env.step(actions[-1])
-        observations.append(obs)
-        successes.append(info["success"])
-        ended = terminated or truncated
-    return {
-        "obs": np.array(observations), "action": np.array(actions), "success": np.array(successes),
-        "states": np.array(states), "seed": episode_seed, "env_args": _env.env_args,
-    }
+    return scripted.collect(task, episodes, seed, path, workers, progress)

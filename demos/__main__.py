@@ -1,57 +1,93 @@
-"""
-Make demonstrations, or check that a file and the simulator on this machine agree.
+"""Make demonstrations, check a file against the simulator, or write a run's episodes.
 
-    python -m demos --task can --episodes 50 --out can.hdf5 --workers 2   # scripted experts of ours
-    python -m demos --task scene --out scene.npz                          # OGBench's play: its oracles' random errands
-    python -m demos --task scene --out scene.npz --directed               # its oracles sent to the task's goal (ours)
-    python -m demos --check can --data can.hdf5                           # replay them, compare every step
-    python -m demos --check can                                           # the file that training would find
+    python -m demos --task can --episodes 50 --out can.hdf5 --workers 2    # scripted experts
+    python -m demos --task scene --out scene.npz               # OGBench's play: random errands
+    python -m demos --task scene --out scene.npz --directed    # errands that serve the task (ours)
+    python -m demos --check --task can --data can.hdf5         # replay them, compare every step
+    python -m demos --check --task can                         # the file that training would find
+    python -m demos --from-run runs/lift-poco-s0 --out more.npz    # what a run played
 
-Training makes, finds or downloads its demonstrations by itself; this is for looking, sharing and doubting.
+Training makes, finds or downloads its demonstrations by itself; this is for looking and sharing.
 """
-import sys
+
 from dataclasses import dataclass
 
 import tyro
 
 import demos
 import envs
-from demos.check import check, newest
+from demos.check import check, describe, newest
+from demos.from_run import export
+from logbook import UserError, cli, user_errors
 
 
 @dataclass(frozen=True)
 class Args:
-    task: str | None = None  # make demonstrations of this task; envs.TASKS has the names
+    """What can be asked."""
+
+    task: str | None = None  # a task of the table, or module:Id-v0 of a gymnasium environment
     out: str | None = None  # the file to write
     episodes: int | None = None  # demonstrations to keep (default 20), or to check (default 5)
     seed: int = 0  # the same seed makes the same file
     workers: int = 1  # processes; the file does not depend on it
-    directed: bool = False  # OGBench's tasks: demonstrations of the task, as the cpu preset makes, instead of play
-    check: str | None = None  # check demonstrations of this task instead
-    data: str | None = None  # the file to check; default: the downloaded one, else the newest in data/
+    directed: bool = False  # OGBench's tasks: demonstrations of the task instead of play
+    check: bool = False  # check a file instead
+    data: str | None = None  # the file to check; default: the public one, or the newest in data/
+    from_run: str | None = None  # write the episodes that this run played
 
 
 def main(args: Args) -> None:
-    if args.check is not None and (args.task or args.out or args.directed):
-        raise ValueError("--check makes nothing: it looks at --data; leave out --task, --out and --directed")
-    if args.check is not None:
-        path, episodes = args.data or newest(args.check), 5 if args.episodes is None else args.episodes
-        print(f"{path}: {check(args.check, path, episodes)}. File and simulator agree.")
-    elif args.task is None or args.out is None:
-        raise ValueError("say what to make, --task TASK --out FILE, or what to check, --check TASK")
-    elif args.data is not None:
-        raise ValueError(f"--data names a file to check; the file to write is --out, here {args.out}")
-    elif args.directed and envs.get_task(args.task).suite != "ogbench":
-        raise ValueError(f"--directed is for OGBench's tasks: those of {args.task} always head for the goal")
+    if args.from_run is not None:
+        write_run(args)
+    elif args.check:
+        check_file(args)
     else:
-        episodes = 20 if args.episodes is None else args.episodes
-        demos.collect(args.task, episodes, args.seed, args.out, args.workers, directed=args.directed)
+        make_file(args)
+
+
+def write_run(args: Args) -> None:
+    if args.out is None:
+        raise UserError("say where to write: --out FILE.npz or FILE.hdf5")
+    print(f"{export(args.from_run, args.out)}: the steps that {args.from_run} played")
+
+
+def check_file(args: Args) -> None:
+    if args.out is not None or args.directed:
+        raise UserError("--check makes nothing: it looks at --data; leave out --out and --directed")
+    if args.task is None:
+        raise UserError("say which task the file is of: --check --task TASK --data FILE")
+    path = args.data or newest(args.task)
+    episodes = 5 if args.episodes is None else args.episodes
+    report = check(args.task, path, episodes)
+    print(describe(args.task, path))
+    if report.steps:
+        print(f"{report}. File and simulator agree.")
+    else:
+        print("It holds neither states nor seeds, so its actions cannot be replayed.")
+
+
+def make_file(args: Args) -> None:
+    if args.task is None or args.out is None:
+        raise UserError(
+            "say what to make, --task TASK --out FILE, or what to check, --check --task TASK"
+        )
+    if args.data is not None:
+        raise UserError(
+            f"--data names a file to check; the file to write is --out, here {args.out}"
+        )
+    if args.directed and envs.get_task(args.task).suite != "ogbench":
+        raise UserError(
+            f"--directed is for OGBench's tasks: those of {args.task} always head for the goal"
+        )
+    episodes = 20 if args.episodes is None else args.episodes
+    demos.collect(args.task, episodes, args.seed, args.out, args.workers, directed=args.directed)
+
+
+def run() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    with user_errors():
+        main(args)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    cli(run)

@@ -1,73 +1,86 @@
+"""OGBench's `play` data and demonstrations of its tasks, made here by OGBench's own oracles.
+
+    path = ogbench.collect("scene", episodes=100, seed=0, path="data/scene.npz", workers=2)
+    # 100,000 steps in 2 to 3 minutes
+
+An oracle carries out one random errand after another (put a cube there, press that button, open the
+drawer) along a noisy plan, and never heads for the task. The recipe is that of OGBench's
+data_gen_scripts: trajectories of 1,001 states, plan noise 0.1; scenes whose cube got out of sight
+are discarded. `directed` is ours, for minutes instead of hours: demonstrations of the task. They
+begin where its episodes begin, hand out only errands that meet a condition of the goal, and end
+when it is met. Each has plan noise of its own, up to 0.4, as if by people of different skill.
+
+The file holds, for N rows: observations (N, D), actions (N, A), terminals (N,), qpos (N, joints),
+qvel (N, speeds), button_states (N, buttons) where the domain has buttons, and, ours only,
+directed () and seeds, one per trajectory. PlayEnv.reset(seed, options={"directed": directed}) and
+the recorded actions repeat a trajectory bitwise.
+Not here: how the file is read and labelled (npz.py).
 """
-OGBench's `play` data: made here by OGBench's own oracles, or read from the files it ships; labelled for one task.
-
-    path = ogbench.collect("scene", episodes=100, seed=0, path="data/scene.npz", workers=2)     # 100,000 steps, 1-2 min
-    data = ogbench.load(path, "scene")                                                # ready for the replay
-
-An oracle carries out one random errand after another (put a cube there, press that button, open the drawer) along a
-noisy plan, and never heads for the task. The recipe is that of OGBench's data_gen_scripts: trajectories of 1,001
-states, plan noise 0.1, scenes whose cube got out of sight discarded. `directed` is ours, for minutes instead of hours:
-demonstrations of the task, which begin where its episodes begin, hand out only errands that meet a condition of the
-goal, and end when it is met; each has plan noise of its own, up to 0.4, as if by people of different skill.
-
-A file holds, for N rows: observations (N, D), actions (N, A), terminals (N,), qpos (N, joints), qvel (N, speeds),
-button_states (N, buttons) where the domain has buttons, and, ours only, directed () and seeds (one per trajectory):
-PlayEnv.reset(seed, options={"directed": directed}) and the recorded actions repeat a trajectory bitwise.
-"""
-from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-import demos
 import envs
-from demos import control
-from demos.hdf5 import replacing
+from demos import npz
+from demos.processes import spread
+from simulators.ogbench_env import OGBenchEnv, met
 
 ROWS = 1001  # states of a trajectory
-# Range, per trajectory, of the probability that a cube's errand is to be put on another cube.
+# Per trajectory, the probability that a cube's errand is to be put on another cube is drawn from:
 STACKING = {"cube-double": (0.0, 0.25), "cube-triple": (0.05, 0.35)}
-_env = _oracles = None  # one per process
+DTYPES = {
+    "observations": np.float32,
+    "actions": np.float32,
+    "terminals": bool,
+    "qpos": np.float32,
+    "qvel": np.float32,
+    "button_states": np.int8,
+}
+_worlds: dict[str, tuple] = {}  # of this process: task name -> environment, oracles
 
 
-class PlayEnv(envs.OGBenchEnv):
+class PlayEnv(OGBenchEnv):
     """The task's world without its goal: everything lies anywhere, and errands are handed out."""
 
     def _build(self, render, env_args):
         super()._build(render, env_args, mode="data_collection", terminate_at_goal=False)
+        self.directed = False
         self.simulator.set_tasks()
         self.simulator.num_tasks = len(self.simulator.task_infos)
 
     def reset(self, *, seed=None, options=None):
-        """options={"directed": True}: the first state of an episode of the task, the one of this seed."""
-        self._directed = bool(options and options.get("directed"))
+        """Begin a trajectory; options={"directed": True} begins where the task's episode does."""
+        self.directed = bool(options and options.get("directed"))
         return super().reset(seed=seed)
 
     def _reset(self, seed):
-        self.simulator._mode = "task" if self._directed else "data_collection"
+        self.simulator._mode = "task" if self.directed else "data_collection"
         try:
             obs = super()._reset(seed)
         finally:
             self.simulator._mode = "data_collection"
-        self.simulator.forget()  # the reading now names an errand
-        self._save_time()
+        self.reader.forget()  # the reading now names an errand
         return obs
 
-    def _save_time(self):
-        # Play is made by the million steps, and much of a step is OGBench's Python. Bitwise the same trajectories come
-        # without its rotation objects and, where nothing is drawn, the colours that would tell what is solved.
-        simulator = self.simulator
-        control.direct(simulator)
-        if self.render_mode is None:
-            for name in [name for name in vars(simulator) if name.endswith("_geom_ids_list")]:
-                setattr(simulator, name, [()] * len(getattr(simulator, name)))
+
+# ---- making a file
 
 
-def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = True, directed: bool = False) -> Path:
-    """Writes `episodes` trajectories, returns the path. The file depends on (task, episodes, seed, directed) alone."""
+def collect(
+    task: str | envs.Task,
+    episodes: int,
+    seed: int,
+    path: str | Path,
+    workers: int = 1,
+    progress: bool = True,
+    directed: bool = False,
+) -> Path:
+    """Write `episodes` trajectories and return the path.
+
+    The file depends on (task, episodes, seed, directed) alone.
+    """
     from tqdm import tqdm
 
     task = envs.get_task(task)
@@ -75,222 +88,224 @@ def collect(task, episodes: int, seed: int, path, workers=1, progress: bool = Tr
         raise ValueError(f"task '{task.name}' has no play data: it is not of OGBench")
     if episodes < 1:
         raise ValueError(f"need at least one trajectory, got {episodes}")
-    started, played = time.perf_counter(), []
+    started = time.perf_counter()
     kind = "demonstrations" if directed else "play"
-    with tqdm(total=episodes, desc=f"{task.name} {kind}", unit="episode", disable=not progress) as bar:
-        for trajectory in _trajectories(task, episodes, seed, workers, directed):
-            played.append(trajectory)
+    jobs = [(task, seed, episode, directed, ROWS) for episode in range(episodes)]
+    trajectories = []
+    with tqdm(
+        total=episodes, desc=f"{task.name} {kind}", unit="episode", disable=not progress
+    ) as bar:
+        for trajectory in spread(make_trajectory, jobs, min(workers, episodes)):
+            trajectories.append(trajectory)
             bar.update()
-    columns = {key: np.concatenate([trajectory[key] for trajectory in played]) for key in played[0]}
-    save(path, columns | {"directed": np.array(directed)})
+    columns = {key: np.concatenate([one[key] for one in trajectories]) for key in trajectories[0]}
+    npz.save(path, columns | {"directed": np.array(directed)})
     if progress:
-        steps, seconds = len(columns["terminals"]) - episodes, time.perf_counter() - started
-        solved = int(load(path, task)["terminated"].sum())
-        print(f"{path}: {episodes} trajectories, {steps} steps at {steps / seconds:.0f} per second, "
-              f"the task was solved {solved} times")
+        steps = len(columns["terminals"]) - episodes
+        rate = steps / (time.perf_counter() - started)
+        solved = int(npz.load(path, task)["terminated"].sum())
+        print(
+            f"{path}: {episodes} trajectories, {steps} steps at {rate:.0f} per second, "
+            f"the task was solved {solved} times"
+        )
     return Path(path)
 
 
-def _trajectories(task, episodes: int, seed: int, workers: int, directed: float):
-    jobs = [(task, seed, episode, directed, ROWS) for episode in range(episodes)]
-    return demos.spread(_trajectory, jobs, min(workers, episodes))
-
-
-def _trajectory(job) -> dict[str, np.ndarray]:
-    global _env, _oracles
+def make_trajectory(job: tuple) -> dict[str, np.ndarray]:
+    """Make one trajectory: job is (task, seed, episode, directed, rows)."""
     task, seed, episode, directed, rows = job
-    if _env is None or _env.task != task:
-        _env = PlayEnv(task)
-        _oracles = _make_oracles(task, _env.simulator)
+    env, oracles = world(task)
     rng = np.random.default_rng([seed, episode])
     before = np.random.get_state()  # the oracles draw from numpy's global stream
     try:
         while True:
             np.random.seed(int(rng.integers(2**32)))
-            trajectory = _play(_env, _oracles, rng, directed, rows)
-            if task.name != "scene" or _in_sight(trajectory["qpos"][:, 14:17]):
+            trajectory = play(env, oracles, rng, directed, rows)
+            if task.name != "scene" or in_sight(trajectory["qpos"][:, 14:17]):
                 return trajectory
     finally:
         np.random.set_state(before)
 
 
-def _make_oracles(task, simulator) -> dict:
+def world(task: envs.Task) -> tuple[PlayEnv, dict]:
+    """Return this process's environment of a task, and its oracles."""
+    if task.name not in _worlds:
+        _worlds.clear()
+        env = PlayEnv(task)
+        _worlds[task.name] = (env, make_oracles(task, env.simulator))
+    return _worlds[task.name]
+
+
+def make_oracles(task: envs.Task, simulator) -> dict:
     from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
 
-    options = dict(env=simulator, noise_smoothing=0.5)
+    options = {"env": simulator, "noise_smoothing": 0.5}
     fist = {"gripper_always_closed": True} if task.name.startswith("puzzle") else {}
-    oracles = {
-        "cube": cube_plan.CubePlanOracle(**options), "button": button_plan.ButtonPlanOracle(**fist, **options),
-        "drawer": drawer_plan.DrawerPlanOracle(**options), "window": window_plan.WindowPlanOracle(**options),
+    return {
+        "cube": cube_plan.CubePlanOracle(**options),
+        "button": button_plan.ButtonPlanOracle(**fist, **options),
+        "drawer": drawer_plan.DrawerPlanOracle(**options),
+        "window": window_plan.WindowPlanOracle(**options),
     }
-    for oracle in oracles.values():
-        oracle.compute_plan = partial(control.plan, oracle)
-    return oracles
 
 
-def _play(env: PlayEnv, oracles: dict, rng, directed: bool, count: int) -> dict[str, np.ndarray]:
-    """One trajectory of at most `count` states, each with the action taken there."""
-    simulator, rows, seed = env.simulator, [], int(rng.integers(2**31))
+# ---- one trajectory
+
+
+def play(
+    env: PlayEnv, oracles: dict, rng: np.random.Generator, directed: bool, count: int
+) -> dict[str, np.ndarray]:
+    """Play one trajectory of at most `count` states, each with the action taken there."""
+    simulator = env.simulator
+    seed = int(rng.integers(2**31))
     p_stack = rng.uniform(*STACKING.get(env.task.name, (0.5, 0.5)))
     noise = rng.uniform(0.1, 0.4) if directed else 0.1
-    env.reset(seed=seed, options={"directed": directed})
+    obs, _ = env.reset(seed=seed, options={"directed": directed})
     for one in oracles.values():
         one._noise = noise
-    oracle, solved, errand = None, False, directed  # whether an errand is to be handed out
+    rows = []
+    oracle = None
+    solved = False
+    new_errand = directed  # OGBench's reset has handed out a random one
     while len(rows) < count:
-        if errand:
-            simulator.set_new_target(return_info=False, p_stack=p_stack)
-            if directed:
-                _send_to_goal(simulator, env.task, rng)
+        if new_errand:
+            hand_out(env, rng, p_stack, directed)
             oracle = None
         if oracle is None:
-            simulator.forget()  # the reading names the errand
-            info = simulator.compute_ob_info()
-            oracle = oracles[info["privileged/target_task"]]
-            oracle.reset(None, info)
-        seen = control.look(simulator, env.task)
-        action = np.clip(oracle.select_action(None, seen), -1.0, 1.0).astype(np.float32)
-        rows.append(seen | {"actions": action})
+            env.reader.forget()  # the reading names the errand
+            reading = simulator.compute_ob_info()
+            oracle = oracles[reading["privileged/target_task"]]
+            oracle.reset(None, reading)
+        reading = simulator.compute_ob_info()
+        action = oracle.select_action(None, reading)
+        action = np.clip(action, -1.0, 1.0).astype(np.float32)
+        rows.append(reading | {"observations": obs, "actions": action})
         if solved:
             break
-        control.advance(simulator, action.astype(np.float64), seen)
-        buttons = getattr(simulator, "_cur_button_states", None)
-        solved = directed and env.task.met(simulator._data.qpos, buttons).all()
-        errand = oracle.done
-    return _columns(env.task, rows) | {"seeds": np.array([seed])}
+        obs = simulator.step(action.astype(np.float64))[0]
+        solved = directed and unmet(env).size == 0
+        new_errand = oracle.done
+    return as_columns(rows) | {"seeds": np.array([seed])}
 
 
-def _columns(task, rows: list[dict]) -> dict[str, np.ndarray]:
-    columns = {key: np.array([row[key] for row in rows]) for key in rows[0] if not key.startswith("privileged")}
-    columns |= {"observations": control.observe(task, columns), "terminals": np.arange(len(rows)) == len(rows) - 1}
-    dtypes = {key: np.float32 for key in ("observations", "actions", "qpos", "qvel")}
-    dtypes |= {"button_states": np.int8, "terminals": bool}
-    return {key: columns[key].astype(dtype) for key, dtype in dtypes.items() if key in columns}
+def as_columns(rows: list[dict]) -> dict[str, np.ndarray]:
+    """Put the rows of a trajectory into the columns of a file."""
+    names = [name for name in DTYPES if name in rows[0]]
+    columns = {name: np.array([row[name] for row in rows]).astype(DTYPES[name]) for name in names}
+    return columns | {"terminals": np.arange(len(rows)) == len(rows) - 1}
 
 
-def _send_to_goal(simulator, task, rng) -> None:
-    """Replace the errand by one that meets a condition of the goal, if one is left that the arm can meet now."""
-    goal, qpos, buttons = task.goal, simulator._data.qpos, getattr(simulator, "_cur_button_states", None)
-    kinds = ["cube"] * len(goal.cubes) + ["button"] * len(goal.buttons) + ["drawer", "window"]
-    unmet = [(kinds[i], i - kinds.index(kinds[i])) for i in np.flatnonzero(~task.met(qpos, buttons))]
-    errands = [("cube", i) for kind, i in unmet if kind == "cube" and _within_reach(simulator, i, len(goal.cubes))]
-    presses = [("button", i) for kind, i in unmet if kind == "button"]
-    if task.name.startswith("puzzle"):
-        presses = [("button", i) for i in lights_out(buttons, goal.buttons)]
-    errands += presses or [(kind, i) for kind, i in unmet if kind in ("drawer", "window")]  # buttons unlock these two
-    if not errands:
+def in_sight(cube: np.ndarray) -> bool:
+    """Apply OGBench's rule for the scene: cube (T, 3) neither far right nor far left.
+
+    In the drawer it may lie far left.
+    """
+    y = cube[:, 1]
+    z = cube[:, 2]
+    in_drawer = (z >= 0.06) & (z <= 0.08)
+    return not ((y >= 0.29) | ((y <= -0.3) & ~in_drawer)).any()
+
+
+# ---- errands that serve the task
+
+
+def buttons_of(simulator) -> np.ndarray | None:
+    """Return the states of the simulator's buttons, where it has some."""
+    return vars(simulator).get("_cur_button_states")
+
+
+def unmet(env: PlayEnv) -> np.ndarray:
+    """Return which conditions of the goal do not hold now, by their numbers."""
+    simulator = env.simulator
+    return np.flatnonzero(~met(env.task.goal, simulator._data.qpos, buttons_of(simulator)))
+
+
+def hand_out(env: PlayEnv, rng: np.random.Generator, p_stack: float, directed: bool) -> None:
+    """Hand out a random errand; a directed one meets a condition of the goal.
+
+    A condition is left out where the arm cannot meet it now. Without any, the random one stays.
+    """
+    env.simulator.set_new_target(return_info=False, p_stack=p_stack)
+    if not directed:
         return
-    kind, i = errands[rng.integers(len(errands))]
+    errands = useful_errands(env)
+    if errands:
+        kind, index = errands[rng.integers(len(errands))]
+        aim(env.simulator, env.task.goal, kind, index, rng)
+
+
+def useful_errands(env: PlayEnv) -> list[tuple[str, int]]:
+    """List the errands (kind, index) that meet a condition of the goal."""
+    simulator = env.simulator
+    goal = env.task.goal
+    open_conditions = [condition(goal, number) for number in unmet(env)]
+    cubes = [
+        (kind, i)
+        for kind, i in open_conditions
+        if kind == "cube" and within_reach(simulator, i, len(goal.cubes))
+    ]
+    if env.task.name.startswith("puzzle"):
+        presses = [("button", i) for i in lights_out(buttons_of(simulator), goal.buttons)]
+    else:
+        presses = [one for one in open_conditions if one[0] == "button"]
+    if presses:  # buttons unlock drawer and window
+        return cubes + presses
+    return cubes + [one for one in open_conditions if one[0] in ("drawer", "window")]
+
+
+def condition(goal, number: int) -> tuple[str, int]:
+    """Name a condition of the goal by kind, and its index among those of its kind."""
+    if number < len(goal.cubes):
+        return "cube", number
+    number -= len(goal.cubes)
+    if number < len(goal.buttons):
+        return "button", number
+    return ("drawer", "window")[number - len(goal.buttons)], 0
+
+
+def aim(simulator, goal, kind: str, index: int, rng: np.random.Generator) -> None:
+    """Replace the simulator's errand."""
     simulator._target_task = kind
     if kind == "cube":
-        mocap, turn = simulator._cube_target_mocap_ids[i], rng.uniform(0, np.pi)
-        simulator._target_block, simulator._data.mocap_pos[mocap] = i, goal.cubes[i]
+        mocap = simulator._cube_target_mocap_ids[index]
+        turn = rng.uniform(0, np.pi)
+        simulator._target_block = index
+        simulator._data.mocap_pos[mocap] = goal.cubes[index]
         simulator._data.mocap_quat[mocap] = np.cos(turn), 0.0, 0.0, np.sin(turn)
     elif kind == "button":
-        simulator._target_button, simulator._target_button_states[i] = i, 1 - buttons[i]
+        simulator._target_button = index
+        simulator._target_button_states[index] = 1 - buttons_of(simulator)[index]
+    elif kind == "drawer":
+        simulator._target_drawer_pos = goal.slides[0]
+        move_target(simulator, "drawer_handle_center_target", 1, goal.slides[0])
     else:
-        _aim_slide(simulator, kind, goal.slides[kind == "window"])
+        simulator._target_window_pos = goal.slides[1]
+        move_target(simulator, "window_handle_center_target", 0, goal.slides[1])
 
 
-def _aim_slide(simulator, kind: str, place: float) -> None:
+def move_target(simulator, site: str, axis: int, place: float) -> None:
+    """Move the site that the oracle of a drawer or window reads."""
     import mujoco
 
-    setattr(simulator, f"_target_{kind}_pos", place)
-    simulator._model.site(f"{kind}_handle_center_target").pos[1 if kind == "drawer" else 0] = place
-    mujoco.mj_kinematics(simulator._model, simulator._data)  # moves the target's site, which the oracle reads
+    simulator._model.site(site).pos[axis] = place
+    mujoco.mj_kinematics(simulator._model, simulator._data)
 
 
-def _within_reach(simulator, cube: int, cubes: int) -> bool:
-    """Neither under another cube nor in the drawer."""
+def within_reach(simulator, cube: int, cubes: int) -> bool:
+    """Tell whether a cube lies neither under another nor in the drawer."""
     places = simulator._data.qpos[14 : 14 + 7 * cubes].reshape(cubes, 7)[:, :3]
     offset = places - places[cube]
-    buried = ((np.linalg.norm(offset[:, :2], axis=1) < 0.03) & (offset[:, 2] > 0.02)).any()
-    return not buried and not (hasattr(simulator, "_is_in_drawer") and simulator._is_in_drawer(places[cube]))
+    above = (np.linalg.norm(offset[:, :2], axis=1) < 0.03) & (offset[:, 2] > 0.02)
+    in_drawer = hasattr(simulator, "_is_in_drawer") and simulator._is_in_drawer(places[cube])
+    return not above.any() and not in_drawer
 
 
-def lights_out(lights, goal) -> np.ndarray:
-    """The buttons of a 3x3 Lights Out to press, each once and in any order, to get from `lights` to `goal`."""
+def lights_out(lights: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """Solve a 3x3 Lights Out: the buttons to press, each once and in any order."""
     index = np.arange(9)
-    row, column = np.abs(index[:, None] // 3 - index // 3), np.abs(index[:, None] % 3 - index % 3)
-    toggles = (row + column <= 1).astype(int)  # (9, 9) a press toggles its button and the neighbours
+    row = np.abs(index[:, None] // 3 - index // 3)
+    column = np.abs(index[:, None] % 3 - index % 3)
+    toggles = (row + column <= 1).astype(int)  # (9, 9) a press toggles its button and neighbours
     presses = (np.arange(512)[:, None] >> index) & 1  # (512, 9) every set of presses
     solves = (presses @ toggles % 2 == np.bitwise_xor(lights, goal)).all(1)
     return np.flatnonzero(presses[solves.argmax()])  # a 3x3 board has exactly one solution
-
-
-def _in_sight(cube: np.ndarray) -> bool:
-    """OGBench's rule for the scene: cube (T, 3) neither far right, nor far left without being in the drawer."""
-    y, z = cube[:, 1], cube[:, 2]
-    return not ((y >= 0.29) | ((y <= -0.3) & ((z < 0.06) | (z > 0.08)))).any()
-
-
-def save(path, columns: dict[str, np.ndarray]) -> Path:
-    """Atomic: a reader finds the old file or the whole new one."""
-    path = Path(path)
-    with replacing(path) as handle:
-        np.savez_compressed(handle, **columns)  # 30-45% smaller for 1% of the time it took to make
-    return path
-
-
-def load(path, task: str | envs.Task, episodes: int | None = None) -> dict[str, np.ndarray]:
-    """
-    The steps of an OGBench file (or of its first `episodes` trajectories), in order: obs (N, D), action (N, A), reward
-    (N,), next_obs (N, D), terminated and truncated (N,).
-
-    A step is labelled by the state it leads to and terminates when that state solves the task. Play goes on there, but
-    the environment would not have: steps that begin in a solved state are left out. (OGBench's own single-task labels
-    belong to the state a step begins in, keep those steps, and count the unmet conditions of scene and puzzle too.)
-    """
-    path, task = Path(path), envs.get_task(task)
-    if not path.is_file():
-        raise FileNotFoundError(f"no play data at {path}; make some: python -m demos --task {task.name} --out {path}")
-    file = _read(path, task, episodes)
-    met = task.met(file["qpos"], file.get("button_states"))
-    last, solved = file["terminals"], met.all(-1)
-    start = np.flatnonzero(~last[:-1] & ~solved[:-1])  # the last state of a trajectory has no next one
-    if not len(start):
-        raise ValueError(f"{path}: holds no step to learn from: every state is a trajectory's last, or solved already")
-    after = start + 1
-    return {
-        "obs": file["observations"][start], "action": np.clip(file["actions"][start], -1.0, 1.0),
-        "reward": task.reward(met[after]).astype(np.float32), "next_obs": file["observations"][after],
-        "terminated": solved[after], "truncated": last[after] & ~solved[after],
-    }
-
-
-def _read(path: Path, task, episodes: int | None) -> dict[str, np.ndarray]:
-    """The checked columns of a file, cut after `episodes` trajectories."""
-    goal = task.goal
-    joints = 14 + 7 * len(goal.cubes) + len(goal.buttons) + len(goal.slides)
-    widths = {"terminals": None, "observations": task.obs_dim, "actions": task.action_dim, "qpos": joints}
-    if goal.buttons:
-        widths["button_states"] = len(goal.buttons)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in widths if key in archive}
-    except Exception as error:  # a damaged file can raise almost anything
-        raise ValueError(f"{path}: not readable as npz, truncated perhaps ({error}): make or fetch it anew") from error
-    file = {key: _column(f"{path}: key '{key}'", arrays.get(key), width) for key, width in widths.items()}
-    lengths = {len(column) for column in file.values()}
-    if len(lengths) != 1 or min(lengths) < 2:
-        raise ValueError(f"{path}: all keys must have the same length of at least 2, found {sorted(lengths)}")
-    file["terminals"] = file["terminals"] > 0
-    file["terminals"][-1] = True  # the recording simply stops here
-    ends = np.flatnonzero(file["terminals"]) + 1
-    if episodes is not None and not 0 < episodes <= len(ends):
-        raise ValueError(f"{path}: holds {len(ends)} trajectories, {episodes} were asked for")
-    return {key: column[: ends[episodes - 1 if episodes else -1]] for key, column in file.items()}
-
-
-def _column(where: str, array: np.ndarray | None, width: int | None) -> np.ndarray:
-    if array is None:
-        raise ValueError(f"{where} is missing; this is not an OGBench file with states")
-    if array.dtype.kind not in "bifu":
-        raise ValueError(f"{where} is not an array of numbers")
-    expected = array.shape[:1] if width is None else (*array.shape[:1], width)
-    if array.ndim < 1 or array.shape != expected:
-        raise ValueError(f"{where} must be {'(N,)' if width is None else f'(N, {width})'}, found {array.shape}")
-    array = array.astype(np.float32, copy=False)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{where} has non-finite values")
-    return array

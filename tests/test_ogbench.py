@@ -1,7 +1,5 @@
-"""OGBench: the four tasks, the one reward rule, play data, and files that must be refused. How play is made:
-test_play.py."""
+"""OGBench: the four tasks and the one reward rule. Its play data: tests/data."""
 import os
-import pickle
 import subprocess
 import sys
 from ctypes.util import find_library
@@ -11,12 +9,10 @@ import numpy as np
 import pytest
 
 import envs
-from demos import ogbench
 
 pytest.importorskip("ogbench")
 pytestmark = [pytest.mark.sim, pytest.mark.filterwarnings("ignore:.*precision lowered")]
 TASKS = ("scene", "puzzle-3x3", "cube-double", "cube-triple")
-ROWS, EPISODES = 41, 2  # short trajectories: an errand takes about 80 steps
 _cache = {}
 
 
@@ -214,214 +210,6 @@ def test_settings_are_the_papers():
     assert [one["warmup_steps"] for one in ours.values()] == [1000, 1000, 1000]
     with pytest.raises(KeyError):
         envs.settings("scene", "cpu", "offline")
-
-
-# -------------------------------------------------------------------------------------------------- play data
-@pytest.fixture(scope="module", params=("scene", "cube-double"))
-def made(request, tmp_path_factory):
-    """(task, path) of a small file made in this process."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(ogbench, "ROWS", ROWS)
-    path = tmp_path_factory.mktemp("play") / f"{request.param}.npz"
-    ogbench.collect(request.param, EPISODES, seed=1, path=path, progress=False)
-    patch.undo()
-    return request.param, path
-
-
-def write(path, rows=7, task="cube-double", **changes):
-    """A file of two trajectories of `rows` states, nothing solved, with some columns replaced or, by None, left out."""
-    task = envs.TASKS[task]
-    count, goal = 2 * rows, task.goal
-    joints = 14 + 7 * len(goal.cubes) + len(goal.buttons) + len(goal.slides)
-    columns = {
-        "observations": np.arange(count, dtype=np.float32)[:, None] * np.ones(task.obs_dim, np.float32),
-        "actions": np.full((count, 5), 0.5, np.float32), "terminals": np.arange(count) % rows == rows - 1,
-        "qpos": np.zeros((count, joints), np.float32), "qvel": np.zeros((count, joints), np.float32),
-    }
-    if goal.buttons:
-        columns["button_states"] = np.zeros((count, len(goal.buttons)), np.int64)
-    columns |= changes
-    np.savez(path, **{key: value for key, value in columns.items() if value is not None})
-    return path
-
-
-def test_recorded_trajectories_replay_bitwise_and_labels_are_the_environments_own(made):
-    name, path = made
-    file, data = np.load(path), ogbench.load(path, name)
-    env, row, step = ogbench.PlayEnv(envs.TASKS[name]), 0, 0
-    assert len(file["seeds"]) == EPISODES and len(np.unique(file["seeds"])) == EPISODES
-    for seed in file["seeds"]:
-        obs = env.reset(seed=int(seed))[0]
-        for index in range(ROWS):
-            assert np.array_equal(obs, file["observations"][row]), (row, index)
-            obs, reward, terminated, _, _ = env.step(file["actions"][row])
-            if index < ROWS - 1:  # nothing is solved in so short a file, so every step is kept
-                assert (data["reward"][step], data["terminated"][step]) == (reward, terminated)
-                assert np.array_equal(data["next_obs"][step], obs) and data["truncated"][step] == (index == ROWS - 2)
-                step += 1
-            row += 1
-    assert step == len(data["obs"]) == EPISODES * (ROWS - 1)
-    assert np.abs(np.diff(file["actions"], axis=0)).max() > 0.05  # something is going on
-    env.close()
-
-
-def test_the_first_reading_of_an_episode_is_of_its_own_first_state(made):
-    """The drawer is placed after OGBench's own first reading: the oracle would reach for where the handle was."""
-    name, _ = made
-    env = ogbench._env if ogbench._env.task.name == name else ogbench.PlayEnv(envs.TASKS[name])
-    for seed in range(2):
-        env.reset(seed=seed)
-        reading, own = env.simulator.compute_ob_info(), type(env.simulator).compute_ob_info(env.simulator)
-        assert all(np.array_equal(reading[key], own[key]) for key in own)
-
-
-def test_the_file_does_not_depend_on_the_workers(made, tmp_path, monkeypatch):
-    name, path = made
-    if name != "cube-double":
-        pytest.skip("one task is enough for the processes")
-    monkeypatch.setattr(ogbench, "ROWS", ROWS)
-    again = ogbench.collect(name, EPISODES, seed=1, path=tmp_path / "two.npz", workers=2, progress=False)
-    one, two = np.load(path), np.load(again)
-    assert sorted(one) == sorted(two) and all(np.array_equal(one[key], two[key]) for key in one)
-
-
-def test_collecting_leaves_numpys_global_stream_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(ogbench, "ROWS", 3)
-    np.random.seed(5)
-    expected = np.random.rand()
-    np.random.seed(5)
-    ogbench.collect("cube-double", 1, 0, tmp_path / "x.npz", progress=False)
-    assert np.random.rand() == expected
-
-
-def test_ogbench_opens_what_is_written_here(made):
-    from ogbench.utils import load_dataset
-
-    name, path = made
-    theirs, ours = load_dataset(str(path), add_info=True), ogbench.load(path, name)
-    for key, name_of_theirs in {"obs": "observations", "action": "actions", "next_obs": "next_observations"}.items():
-        assert np.array_equal(ours[key], theirs[name_of_theirs])
-    assert np.array_equal(ours["terminated"] | ours["truncated"], theirs["terminals"] > 0)
-
-
-def solved_qpos(task, rows, at):
-    qpos = np.zeros((rows, 14 + 7 * len(task.goal.cubes)), np.float32)
-    for index, cube in enumerate(task.goal.cubes):
-        qpos[at, 14 + 7 * index : 17 + 7 * index] = cube
-    return qpos
-
-
-def test_a_step_is_labelled_by_the_state_it_leads_to(tmp_path):
-    """States 3 and 4 of 7 are solved: step 2 ends an episode, steps 3 and 4 begin in a solved state and are gone."""
-    task = envs.TASKS["cube-double"]
-    qpos = solved_qpos(task, 14, slice(3, 5))
-    qpos[9, 14:17] = task.goal.cubes[0]  # one cube of two
-    data = ogbench.load(write(tmp_path / "x.npz", qpos=qpos, actions=np.full((14, 5), 1.5, np.float32)), task)
-    assert list(data["obs"][:, 0]) == [0, 1, 2, 5, 7, 8, 9, 10, 11, 12] and (data["action"] == 1).all()
-    assert list(data["next_obs"][:, 0]) == [1, 2, 3, 6, 8, 9, 10, 11, 12, 13]
-    assert list(np.flatnonzero(data["terminated"])) == [2] and list(np.flatnonzero(data["truncated"])) == [3, 9]
-    assert list(data["reward"]) == [-2, -2, 0, -2, -2, -1, -2, -2, -2, -2]
-    first = ogbench.load(tmp_path / "x.npz", task, episodes=1)
-    assert {key: len(value) for key, value in first.items()} == dict.fromkeys(data, 4)
-    assert all(first[key].dtype == np.float32 for key in ("obs", "action", "reward", "next_obs"))
-
-
-def test_a_success_in_the_last_state_is_terminal_not_truncated(tmp_path):
-    data = ogbench.load(write(tmp_path / "x.npz", qpos=solved_qpos(envs.TASKS["cube-double"], 14, 6)), "cube-double")
-    assert (data["terminated"][5], data["truncated"][5]) == (True, False) and data["truncated"][-1]
-
-
-def test_conditions_are_those_of_ogbenchs_own_relabelling(env):
-    """`relabel_dataset` labels the state a step begins in: its reward and mask are those of our conditions there."""
-    from ogbench.relabel_utils import relabel_dataset
-
-    env.reset(seed=0)
-    (solved, pressed), rng = solved_state(env), np.random.default_rng(0)
-    qpos = solved + rng.normal(0, 0.02, (400, len(solved)))
-    dataset = {"qpos": qpos.astype(np.float32)}
-    if pressed is not None:
-        dataset["button_states"] = pressed ^ (rng.random((400, len(pressed))) < 0.05)
-    relabel_dataset(env.task.env_name, env.simulator, dataset)
-    met = env.task.met(dataset["qpos"], dataset.get("button_states"))
-    assert np.array_equal(dataset["rewards"], met.sum(-1) - env.task.conditions)
-    assert np.array_equal(dataset["masks"], 1.0 - met.all(-1)) and 20 < met.all(-1).sum() < 380
-
-
-def test_without_terminals_the_recording_simply_stops(tmp_path):
-    data = ogbench.load(write(tmp_path / "x.npz", terminals=np.zeros(14, bool)), "cube-double")
-    assert len(data["obs"]) == 13 and list(np.flatnonzero(data["truncated"])) == [12]
-
-
-BAD = {
-    "missing": (dict(qpos=None), "key 'qpos' is missing"),
-    "of another task": (dict(task="cube-triple"), r"key 'observations' must be \(N, 37\), found \(14, 46\)"),
-    "without buttons": (dict(task="scene", button_states=None), "key 'button_states' is missing"),
-    "text": (dict(actions=np.full((14, 5), "a")), "key 'actions' is not an array of numbers"),
-    "nan": (dict(observations=np.full((14, 37), np.nan)), "key 'observations' has non-finite values"),
-    "flat": (dict(actions=np.zeros(14)), r"key 'actions' must be \(N, 5\), found \(14,\)"),
-    "scalar": (dict(terminals=np.array(True)), r"key 'terminals' must be \(N,\), found \(\)"),
-    "ragged": (dict(actions=np.zeros((13, 5))), "same length"),
-    "no rows": ({key: np.zeros((0, *shape)) for key, shape in (("terminals", ()), ("observations", (37,)),
-                                                               ("actions", (5,)), ("qpos", (28,)))}, "at least 2"),
-    "nothing but ends": (dict(terminals=np.ones(14, bool)), "no step to learn from"),
-    "pickled": (dict(actions=np.array([{}] * 14)), "allow_pickle=False"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_files_are_refused_by_name(tmp_path, case):
-    changes, message = BAD[case]
-    path = write(tmp_path / "bad.npz", **changes)
-    task = "scene" if case == "without buttons" else "cube-double"
-    with pytest.raises(ValueError, match=message) as caught:
-        ogbench.load(path, task)
-    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", ["cut", "empty", "text", "npy", "pickle", "flipped"])
-def test_files_that_are_no_npz_are_refused_by_name(tmp_path, kind):
-    path = write(tmp_path / "x.npz")
-    whole = path.read_bytes()
-    if kind == "npy":
-        with open(path, "wb") as file:
-            np.save(file, np.zeros(3))
-    else:
-        flipped = whole[:700] + bytes([whole[700] ^ 255]) + whole[701:]
-        path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"Not found",
-                          "pickle": pickle.dumps(1), "flipped": flipped}[kind])
-    with pytest.raises(ValueError, match="not readable as npz") as caught:
-        ogbench.load(path, "cube-double")
-    assert str(caught.value).startswith(f"{path}: ")
-
-
-def test_more_trajectories_than_there_are_and_no_file_are_refused(tmp_path):
-    path = write(tmp_path / "x.npz")
-    for episodes in (0, 3):
-        with pytest.raises(ValueError, match=f"holds 2 trajectories, {episodes} were asked for"):
-            ogbench.load(path, "cube-double", episodes)
-    with pytest.raises(FileNotFoundError, match="python -m demos --task scene --out"):
-        ogbench.load(tmp_path / "none.npz", "scene")
-
-
-def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = write(tmp_path / "x.npz")
-    old = path.read_bytes()
-
-    def fail(file, **columns):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(np, "savez_compressed", fail)
-    with pytest.raises(KeyboardInterrupt):
-        ogbench.save(path, {})
-    assert path.read_bytes() == old and [one.name for one in tmp_path.iterdir()] == ["x.npz"]
-
-
-def test_only_ogbench_has_play_data(tmp_path):
-    with pytest.raises(ValueError, match="task 'lift' has no play data"):
-        ogbench.collect("lift", 1, 0, tmp_path / "x.npz")
-    with pytest.raises(ValueError, match="at least one trajectory"):
-        ogbench.collect("scene", 0, 0, tmp_path / "x.npz")
 
 
 def _draws(code):
