@@ -31,7 +31,7 @@ from .devices import noise_state, restore_noise, usable_device
 from .errors import UserError, check_end, cli, must_fit, reason, user_errors
 from .figure import curve
 from .intervals import wilson
-from .old import check_kept, check_numbers, fitting, plainly  # until their users are rewritten
+from .old import check_numbers  # until benchmarks/ is rewritten
 from .optimizers import keep_rate, load_optimizer
 from .report import Report
 from .series import read_run
@@ -45,11 +45,9 @@ __all__ = [
     "Report",
     "UserError",
     "check_end",
-    "check_kept",
     "check_numbers",
     "cli",
     "curve",
-    "fitting",
     "keep_rate",
     "load_checkpoint",
     "load_optimizer",
@@ -57,7 +55,6 @@ __all__ = [
     "must_fit",
     "noise_state",
     "outlive_console",
-    "plainly",
     "read_args",
     "read_run",
     "reason",

@@ -113,7 +113,9 @@ class Logbook:
         found, _ = read_table(folder / "progress.csv")
         if found and found != book.columns:
             changed = ", ".join(sorted(set(found) ^ set(book.columns))) or "their order"
-            raise UserError(f"{folder}/progress.csv has other columns ({changed}): start a new run")
+            raise UserError(
+                f"{folder}/progress.csv has other columns ({changed:.300}): start a new run"
+            )
         return book
 
     def amend(self, args: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""Names of files that are still to be rewritten."""
+"""For benchmarks/, until they use options.py."""
+
 import math
 
-from .errors import UserError, must_fit as fitting, user_errors as plainly  # noqa: F401
+from .errors import UserError
 
 
 def check_numbers(args, least, free=("reward_offset",)):
@@ -16,19 +17,15 @@ def check_numbers(args, least, free=("reward_offset",)):
             raise UserError(f"{option} is between 0 and 1, got {value}")
         if name in least and not value >= least[name]:
             raise UserError(f"{option} must be at least {least[name]:g}, got {value}")
-        if name == "seed" and value >= 2 ** 32:
+        if name == "seed" and value >= 2**32:
             raise UserError(f"{option} must be below 2**32, got {value}")
         if name in free and not math.isfinite(value):
             raise UserError(f"{option} must be a finite number, got {value}")
         if name not in ("demo_share", *least, *free) and not 0 < value < math.inf:
             raise UserError(f"{option} must be a number greater than 0, got {value}")
-        if name in ("discount", "tau", "policy_tau", "chi2_tau", "gae_lambda", "denoising_discount") and value > 1:
+        if (
+            name
+            in ("discount", "tau", "policy_tau", "chi2_tau", "gae_lambda", "denoising_discount")
+            and value > 1
+        ):
             raise UserError(f"{option} is at most 1, got {value}")
-
-
-def check_kept(folder, args, begun, names):
-    """Refuse to go on with the run in `folder` with other arguments than it was begun with."""
-    for name in names:
-        if getattr(args, name, None) != getattr(begun, name, None):
-            raise UserError(f"{folder} was begun with {name} {getattr(begun, name)}: it cannot go on with "
-                            f"{getattr(args, name)}")

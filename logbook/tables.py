@@ -43,6 +43,8 @@ def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
     if not lines:
         return [], []
     columns = lines[0].split(",")
+    if max(map(len, columns)) > LONGEST_CELL or len(set(columns)) < len(columns):
+        raise _damaged(path, " in line 1", ValueError("these are no columns"))
     rows = {}
     for number, line in enumerate(lines[1:], start=2):
         row = line.split(",")

@@ -153,11 +153,11 @@ def altered(state, rng, values):
         if kind == 0 and isinstance(holder, dict):
             del holder[last]
         elif kind == 1 and isinstance(holder, dict):
-            holder[rng.choice(("new", 7, "state"))] = rng.choice(values)
+            holder[rng.choice(("new", 7, "state"))] = copy.deepcopy(rng.choice(values))
         elif kind == 2:
             holder[last] = copy.deepcopy(holder[rng.choice(list(sibling_names(holder)))])
         else:
-            holder[last] = rng.choice(values)
+            holder[last] = copy.deepcopy(rng.choice(values))
     return state
 
 

@@ -297,6 +297,8 @@ def test_only_the_last_row_may_be_torn(book, tail):
 
 
 CHANGES = [
+    ("success", "success" * 100, "line 1 .*these are no columns"),
+    ("q/mean", "success", "line 1 .*these are no columns"),
     ("10,", '"10,', "line 2 .*'\"10' is no whole number"),
     ("0.05,", '"0.05,', "line 6 .* is no number"),
     ("0.05,", "O.05,", "line 6 .*'O.05' is no number"),
