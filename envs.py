@@ -585,8 +585,12 @@ class Evaluator:
                 initargs=(self.make_env,),
             )
         try:
-            return list(self._pool.map(_worker_episode, itertools.repeat(pickled), seeds))
+            with _signals_held():  # what starts here inherits it: the parent handles them
+                rows = self._pool.map(_worker_episode, itertools.repeat(pickled), seeds)
+            return list(rows)
         except BrokenProcessPool as error:
+            for process in self._pool._processes.values():
+                process.kill()  # the pool's own SIGTERM is held
             self.close()
             raise RuntimeError(
                 "an evaluation worker died: out of memory (try --workers 1), or the main script "
@@ -617,6 +621,16 @@ class Evaluator:
         self.close()
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM meanwhile; processes started meanwhile never receive them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker_make_env = None
 _worker_env = None  # each worker process has one environment
 
@@ -624,8 +638,6 @@ _worker_env = None  # each worker process has one environment
 def _start_worker(make_env):
     global _worker_make_env
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the parent handles these signals
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker_make_env = make_env
