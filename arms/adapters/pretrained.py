@@ -2,7 +2,7 @@
 
     backbone = PackagedBackbone("lift the red cube", views=2, device="cpu")
     hidden = backbone(images)     # (B, L, 96): a 4 x 4 grid of every picture, then the words
-    grid = mobilenet()(pixels)    # the encoder alone: (B, 3, S, S) in [-1, 1] -> (B, 16, 96)
+    features = PackagedEncoder().features({"front": picture})     # the pictures alone: (1, 1536)
 
 MobileNetV2 (ImageNet, 13 MB) stops at block 13; two pictures of 96 x 96 take 8 ms on one core.
 all-MiniLM-L6-v2 (84 MB) reads each instruction once, at the start. Their packages pin libraries of
@@ -20,6 +20,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -185,3 +186,23 @@ class PackagedBackbone(Backbone):
         self.calls += 1
         self.rows += rows
         return torch.cat([cells, self.words[which]], dim=1)
+
+
+class PackagedEncoder:
+    """MobileNet alone, for the arm: features of pictures, as arms.vision.Encoder makes them."""
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.net = mobilenet().to(device)
+
+    @torch.no_grad()
+    def features(self, pictures: dict[str, np.ndarray]) -> Tensor:
+        """Encode {name: (Y, X, 3) uint8}, all of one size -> (1, V * 16 * 96) float32."""
+        images = np.stack([np.asarray(picture) for picture in pictures.values()])
+        pixels = torch.from_numpy(images).to(self.net.mean.device)
+        pixels = pixels.permute(0, 3, 1, 2) / 127.5 - 1
+        pixels = F.interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True)
+        return self.net(pixels).flatten().unsqueeze(0)
+
+    def sizes(self, cameras: Sequence[str]) -> dict[str, int]:
+        """Return the columns that the features of these cameras fill: {name: width}."""
+        return {f"{camera}_mobilenet": GRID**2 * WIDTH for camera in cameras}

@@ -256,6 +256,28 @@ def test_missing_or_changed_weights_are_refused_by_name(tmp_path, monkeypatch):
 
 
 @packaged
+def test_the_encoder_for_the_arm_describes_each_camera():
+    rng = np.random.default_rng(0)
+    pictures = {name: rng.integers(0, 256, (48, 64, 3), np.uint8) for name in ("front", "wrist")}
+    encoder = pretrained.PackagedEncoder()
+    features = encoder.features(pictures)
+    columns = encoder.sizes(list(pictures))
+    assert columns == {"front_mobilenet": 1536, "wrist_mobilenet": 1536}
+    assert features.shape == (1, 3072) and features.dtype == torch.float32
+    turned = encoder.features({"front": pictures["wrist"], "wrist": pictures["front"]})
+    assert_close(turned[0, :1536], features[0, 1536:], rtol=0, atol=1e-4)
+    assert (features[0, :1536] - features[0, 1536:]).abs().max() > 0.1
+
+
+@packaged
+def test_the_arm_takes_the_packaged_encoder_by_its_name():
+    from arms.settings import open_eyes, parse_args
+
+    args = parse_args(["record", "--task", "pick-cube", "--encoder", "mobilenet"])
+    assert isinstance(open_eyes(args, ["front"]), pretrained.PackagedEncoder)
+
+
+@packaged
 @pytest.mark.sim
 def test_the_cubes_place_can_be_read_from_the_packaged_backbone():
     """A linear map finds it to 3 mm, and at least a third better than from the random model."""
