@@ -38,15 +38,19 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def one():
-    """Makes Rollouts that are closed at the end."""
-    made = []
+    """Makes Rollouts that are closed at the end, and interrupted should they wait for ever."""
+    made, timers = [], []
 
     def make(*args, **kwargs):
-        made.append(rollouts(*args, **kwargs))
-        return made[-1]
+        runner = rollouts(*args, **kwargs)
+        made.append(runner)
+        timers.append(threading.Timer(120.0, lambda: setattr(runner.interrupt, "stop", True)))
+        timers[-1].start()
+        return runner
 
     yield make
-    for runner in made:
+    for runner, timer in zip(made, timers):
+        timer.cancel()
         runner.close()
 
 
@@ -163,15 +167,23 @@ def test_a_worker_that_always_stands_still_ends_the_run_in_one_line(one, monkeyp
         runner.step()
 
 
+def stop_for_ten_seconds(pid):
+    """Stop a process; it ends after ten seconds, so that a learner that waits fails in time."""
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(10.0, os.kill, (pid, signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+
+
 def test_waiting_for_a_worker_that_stands_still_ends_at_an_interrupt(one):
     runner = one()
     moves = taken(runner, 40)
-    os.kill(workers(runner)[0], signal.SIGSTOP)
+    stop_for_ten_seconds(workers(runner)[0])
     while runner.waiting:
         moves.append(runner.step())
     threading.Timer(1.0, lambda: setattr(runner.interrupt, "stop", True)).start()
     since = time.monotonic()
-    while moves[-1] is not None:
+    while moves[-1] is not None and time.monotonic() - since < 20:
         moves.append(runner.step())
     assert time.monotonic() - since < 5 and runner.steps == len(moves) - 1
     assert runner.state_dict()["waiting"] == []
@@ -181,10 +193,10 @@ def test_a_worker_that_is_stopped_inside_a_message_does_not_stop_the_learner(one
     """An episode of 200 kB per step is more than a pipe holds."""
     runner = one(wait=0.0, kind=Large)
     assert runner.step() is not None
-    os.kill(workers(runner)[0], signal.SIGSTOP)
+    stop_for_ten_seconds(workers(runner)[0])
     runner.interrupt.stop = True
     since = time.monotonic()
-    while runner.step() is not None:
+    while runner.step() is not None and time.monotonic() - since < 20:
         pass
     assert time.monotonic() - since < 5
 
