@@ -150,6 +150,34 @@ def test_unknown_settings_are_refused(arguments, message):
         envs.settings(*arguments)
 
 
+@pytest.mark.parametrize(
+    "name, limit, demonstrations",
+    [
+        ("scene", 750, 1000),
+        ("puzzle-3x3", 500, 1000),
+        ("cube-double", 500, 1000),
+        ("cube-triple", 1000, 3000),
+    ],
+)
+def test_settings_are_the_papers(name, limit, demonstrations):
+    offline = envs.settings(name, "paper")
+    online = envs.settings(name, "paper", "online")
+    table_2 = {"pretrain_steps": 0, "temperature": 0.1, "clip": 0.3}
+    table_3 = {"pretrain_steps": 500_000, "temperature": 0.001, "clip": 0.15}
+    assert online.items() >= table_2.items()
+    assert (offline["episode_limit"], offline["demo_episodes"]) == (limit, demonstrations)  # Tab. I
+    if name in ("scene", "puzzle-3x3"):
+        assert offline.items() >= table_3.items()
+
+
+def test_the_setting_online_changes_what_it_says():
+    assert envs.settings("square", "paper")["clip"] == 0.08
+    assert envs.settings("square", "paper", "online")["clip"] == 0.15
+    ours = [envs.settings(name, "cpu", "online") for name in ("lift", "can", "scene")]
+    assert [one.get("demo_share") for one in ours] == [None, 0.5, 0.5]
+    assert [one["warmup_steps"] for one in ours] == [1000, 1000, 1000]
+
+
 def test_envs_does_not_import_a_simulator():
     code = "import sys, envs; print({'robosuite', 'ogbench', 'mujoco', 'h5py'} & set(sys.modules))"
     assert (

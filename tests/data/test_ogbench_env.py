@@ -1,4 +1,5 @@
-"""OGBench: the four tasks and the one reward rule. Its play data: tests/data."""
+"""OGBench: the four environments and the one reward rule. Its play data: test_play.py."""
+
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import envs
+from simulators.ogbench_env import met
 
 pytest.importorskip("ogbench")
 pytestmark = [pytest.mark.sim, pytest.mark.filterwarnings("ignore:.*precision lowered")]
@@ -38,7 +40,9 @@ def physics(env):
     import mujoco
 
     state = np.zeros(mujoco.mj_stateSize(env.simulator._model, mujoco.mjtState.mjSTATE_INTEGRATION))
-    mujoco.mj_getState(env.simulator._model, env.simulator._data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+    mujoco.mj_getState(
+        env.simulator._model, env.simulator._data, state, mujoco.mjtState.mjSTATE_INTEGRATION
+    )
     return state
 
 
@@ -59,10 +63,11 @@ def solved_state(env):
     return qpos, np.array(goal.buttons) if goal.buttons else None
 
 
-# -------------------------------------------------------------------------------------------- the environments
 def test_observations_and_resets_are_exact_in_a_used_and_a_fresh_environment(env):
     actions = actions_of(25)
-    used = [roll(env, seed, actions_of(9, seed)) for seed in range(2)] and roll(env, 7, actions)
+    for seed in range(2):
+        roll(env, seed, actions_of(9, seed))
+    used = roll(env, 7, actions)
     assert used.shape == (26, env.task.obs_dim) and used.dtype == np.float32
     fresh = envs.make_env(env.task)
     assert np.array_equal(used, roll(fresh, 7, actions))
@@ -81,15 +86,27 @@ def test_gymnasium_accepts_the_environment(env):
 
 
 def test_reading_the_state_once_changes_no_observation(env):
-    """The cache must not change a bit of what OGBench itself would have returned."""
-    reading = env.simulator.compute_ob_info
+    """Our reader must not change a bit of what OGBench itself would have returned."""
+    simulator = env.simulator
     rolls = []
-    for read in (reading, type(env.simulator).compute_ob_info.__get__(env.simulator)):
-        env.simulator.compute_ob_info = read
+    for read in (env.reader.compute_ob_info, env.reader.read):
+        simulator.compute_ob_info = read
         env.reset(seed=3)
-        rolls.append([env.simulator.step(action)[0] for action in actions_of(12)])
-    env.simulator.compute_ob_info = reading
-    assert np.array_equal(*rolls) and len(np.unique(np.array(rolls[0]), axis=0)) == 12
+        rolls.append([simulator.step(action)[0] for action in actions_of(12)])
+    simulator.compute_ob_info = env.reader.compute_ob_info
+    assert env.reader.read.__func__ is type(simulator).compute_ob_info
+    assert np.array_equal(*rolls)
+    assert len(np.unique(np.array(rolls[0]), axis=0)) == 12
+
+
+def test_a_reading_is_made_once_per_state_and_again_when_it_is_forgotten(env):
+    env.reset(seed=3)
+    first = env.simulator.compute_ob_info()
+    assert env.simulator.compute_ob_info() is first
+    env.reader.forget()
+    assert env.simulator.compute_ob_info() is not first
+    env.step(np.zeros(5))
+    assert not np.array_equal(env.simulator.compute_ob_info()["qpos"], first["qpos"])
 
 
 def test_the_goal_is_ogbenchs_task_1(env):
@@ -104,9 +121,10 @@ def test_the_goal_is_ogbenchs_task_1(env):
 
 
 def test_conditions_and_reward_agree_with_ogbench_on_constructed_states(env):
-    """From the solved state each condition is broken alone, by a little more and a little less than the 4 cm."""
+    """Each condition of the solved state is broken alone, a little less and more than by 4 cm."""
     env.reset(seed=0)
-    task, (solved, pressed) = env.task, solved_state(env)
+    task = env.task
+    solved, pressed = solved_state(env)
     states = [(solved, pressed)]
     for index in range(len(task.goal.cubes)):
         for distance in (0.039, 0.041, -0.041):
@@ -116,37 +134,39 @@ def test_conditions_and_reward_agree_with_ogbench_on_constructed_states(env):
     for index in range(len(task.goal.buttons)):
         states.append((solved, pressed.copy()))
         states[-1][1][index] ^= 1
-    for index, sign in ((-2, 1), (-1, -1)) * bool(task.goal.slides):
-        for distance in (0.039, 0.041):
+    if task.goal.slides:
+        for index, offset in ((-2, 0.039), (-2, 0.041), (-1, -0.039), (-1, -0.041)):
             states.append((solved.copy(), pressed))
-            states[-1][0][index] += sign * distance
+            states[-1][0][index] += offset
     unmet = []
     for qpos, buttons in states:
         set_state(env, qpos, buttons)
-        met = task.met(qpos, buttons)
-        unmet.append(task.conditions - met.sum())
+        holds = met(task.goal, qpos, buttons)
+        unmet.append(task.conditions - holds.sum())
         assert env.simulator.compute_reward() == -unmet[-1]
-        assert task.reward(met) == (-unmet[-1] if task.counts else float(unmet[-1] == 0))
+        assert task.reward(holds) == (-unmet[-1] if task.counts else float(unmet[-1] == 0))
     assert unmet[0] == 0 and set(unmet) == {0, 1}
-    batch = None if pressed is None else np.array([state[1] for state in states])
-    assert np.array_equal(task.met(np.array([state[0] for state in states]), batch).sum(-1),
-                          task.conditions - np.array(unmet))
+    positions = np.array([qpos for qpos, _ in states])
+    buttons = None if pressed is None else np.array([buttons for _, buttons in states])
+    together = met(task.goal, positions, buttons)
+    assert np.array_equal(together.sum(-1), task.conditions - np.array(unmet))
 
 
 @pytest.mark.parametrize("task, before", [("cube-double", -1.0), ("cube-triple", -1.0)])
 def test_success_and_reward_belong_to_the_state_after_the_step(task, before):
-    """A cube let go just above its goal: the step during which it gets near enough is the one that is paid."""
+    """A cube is let go just above its goal: the step that brings it near enough is paid."""
     env = _cache.get(task) or envs.make_env(task)
     env.episode_limit = 50
     env.reset(seed=0)
     qpos, _ = solved_state(env)
     qpos[16] += 0.07
     set_state(env, qpos, None)
-    assert env.task.reward(env.task.met(env.simulator._data.qpos)) == before
+    qpos = env.simulator._data.qpos  # a view of the present state
+    assert env.task.reward(met(env.task.goal, qpos)) == before
     for _ in range(10):
-        assert not env.task.met(env.simulator._data.qpos).all()
+        assert not met(env.task.goal, qpos).all()
         _, reward, terminated, truncated, info = env.step(np.array([0, 0, 1, 0, -1.0]))
-        solved = bool(env.task.met(env.simulator._data.qpos).all())
+        solved = bool(met(env.task.goal, qpos).all())
         assert (terminated, info["success"], env.simulator._success) == (solved, solved, solved)
         assert reward == (0.0 if solved else before) and not truncated
         if terminated:
@@ -155,11 +175,14 @@ def test_success_and_reward_belong_to_the_state_after_the_step(task, before):
 
 
 def test_an_episodes_return_is_the_sum_of_its_rewards():
-    env, rewards = _cache.get("cube-double") or envs.make_env("cube-double"), []
+    env = _cache.get("cube-double") or envs.make_env("cube-double")
+    rewards = []
     env.episode_limit = 4
-    _, success, length, total = envs.run_episode(lambda *_: np.zeros((3, 5)), env, 2,
-                                                 on_step=lambda step: rewards.append(step.reward))
-    assert length == len(rewards) == 4 and total == sum(rewards) <= -4 and not success
+    _, success, length, total = envs.run_episode(
+        lambda *_: np.zeros((3, 5)), env, 2, on_step=lambda step: rewards.append(step.reward)
+    )
+    assert length == len(rewards) == 4
+    assert total == sum(rewards) <= -4 and not success
 
 
 def test_binary_tasks_pay_only_the_whole_goal():
@@ -168,7 +191,8 @@ def test_binary_tasks_pay_only_the_whole_goal():
         met = np.ones((2, task.conditions), bool)
         met[0, -1] = False
         assert list(task.reward(met)) == [0.0, 1.0]
-    assert list(envs.TASKS["cube-triple"].reward([[0, 0, 0], [1, 0, 1], [1, 1, 1]])) == [-3.0, -1.0, 0.0]
+    counted = envs.TASKS["cube-triple"].reward([[0, 0, 0], [1, 0, 1], [1, 1, 1]])
+    assert list(counted) == [-3.0, -1.0, 0.0]
     assert envs.TASKS["lift"].reward(True) == 1.0 and envs.TASKS["lift"].reward(False) == 0.0
     with pytest.raises(ValueError, match="goal of 2 conditions, got 1"):
         envs.TASKS["cube-double"].reward(True)
@@ -196,27 +220,16 @@ def test_env_args_are_refused(env):
         envs.make_env(env.task, env_args={"env_name": "Lift"})
 
 
-def test_settings_are_the_papers():
-    for name in TASKS:
-        offline, online = (envs.settings(name, "paper", setting) for setting in ("offline-to-online", "online"))
-        assert (online["pretrain_steps"], online["temperature"], online["clip"]) == (0, 0.1, 0.3)  # Table II
-        assert offline["episode_limit"] == {"scene": 750, "puzzle-3x3": 500, "cube-double": 500}.get(name, 1000)
-        assert offline["demo_episodes"] == (3000 if name == "cube-triple" else 1000)  # Table I
-        if name in ("scene", "puzzle-3x3"):  # Table III
-            assert [offline[key] for key in ("pretrain_steps", "temperature", "clip")] == [500_000, 0.001, 0.15]
-    assert envs.settings("square", "paper", "online")["clip"] == 0.15 != envs.settings("square", "paper")["clip"]
-    ours = {name: envs.settings(name, "cpu", "online") for name in ("lift", "can", "scene")}
-    assert [one.get("demo_share") for one in ours.values()] == [None, 0.5, 0.5]
-    assert [one["warmup_steps"] for one in ours.values()] == [1000, 1000, 1000]
-    with pytest.raises(KeyError):
-        envs.settings("scene", "cpu", "offline")
-
-
-def _draws(code):
-    """What a program of its own prints, and what it complains about until its very end."""
-    root, environ = Path(envs.__file__).parent, {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environ)
+def run_program(code):
+    """Return what a program prints, and what it complains about until its very end."""
+    environ = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=Path(envs.__file__).parent,
+        capture_output=True,
+        text=True,
+        env=environ,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -227,14 +240,18 @@ def test_rendering_works_also_where_mujoco_was_imported_without_opengl(before):
         f"import envs; {before} env = envs.make_env('cube-double', 0, 'rgb_array');"
         "env.reset(); frame = env.render(); print(frame.shape, frame.std() > 10)"
     )
-    _, printed, complaints = _draws(code)
+    _, printed, complaints = run_program(code)
     assert (printed, complaints) == ("(512, 512, 3) True\n", ""), complaints
 
 
 @pytest.mark.skipif(not (find_library("EGL") or find_library("OSMesa")), reason="no OpenGL here")
 def test_a_video_is_written_and_the_program_ends_in_silence(tmp_path):
     """A renderer that is left to the interpreter's end fails there, in two tracebacks."""
-    code = f"import numpy as np, envs; path = {str(tmp_path / 'video.mp4')!r}\n"
-    code += "envs.record(lambda obs, rng: np.zeros((5, 5)), 'cube-double', path, episode_limit=3)"
-    returned, _, complaints = _draws(code)
+    code = (
+        "from functools import partial; import numpy as np, envs;"
+        "make_env = partial(envs.make_env, 'cube-double', episode_limit=3);"
+        f"path = {str(tmp_path / 'video.mp4')!r};"
+        "envs.record(lambda obs, rng: np.zeros((5, 5)), make_env, path)"
+    )
+    returned, _, complaints = run_program(code)
     assert (returned, complaints) == (0, "") and (tmp_path / "video.mp4").stat().st_size > 1000
