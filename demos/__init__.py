@@ -5,7 +5,7 @@
     data = demos.load("lift.hdf5", "lift")                        # ready for the replay
     path = demos.obtain("can", "paper")                           # found, downloaded or made
 
-Not here: the formats (hdf5.py, npz.py, minari.py), the makers (scripted.py, ogbench.py).
+Not here: the formats (hdf5.py, npz.py, minari_data.py), the makers (scripted.py, ogbench.py).
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import envs
-from demos import download, hdf5, npz, ogbench, scripted
+from demos import download, hdf5, minari_data, npz, ogbench, scripted
 from demos.columns import DataError, existing
 from demos.hdf5 import save
 
@@ -100,11 +100,18 @@ def load(
     """Read all steps of a file, or of its first `episodes` demonstrations, in order.
 
     The format is told by the file's content: robomimic's HDF5, or npz in the layout of OGBench or
-    D4RL. `task` may be left out where the file names it (HDF5). obs_keys and filter_key choose
-    observations and demonstrations of an HDF5 file. clip_actions accepts actions beyond [-1, 1].
+    D4RL; minari:ID names a data set in Minari's cache. `task` may be left out where the file names
+    it (HDF5). obs_keys and filter_key choose observations and demonstrations of an HDF5 file.
+    clip_actions accepts actions beyond [-1, 1].
     Returns obs (N, D), action (N, A), reward (N,), next_obs (N, D), terminated and truncated (N,).
     Raises DataError (a ValueError) or FileNotFoundError in one sentence with the file's name.
     """
+    if minari_data.is_minari(path):
+        if task is None:
+            raise DataError(f"{path}: a Minari data set does not name its task; give it")
+        data = minari_data.load(str(path), envs.get_task(task), episodes, clip_actions)
+        warn_of_no_success(path, data)
+        return data
     path = existing(path, task)
     if is_npz(path, task):
         if obs_keys or filter_key:
@@ -124,6 +131,8 @@ def env_args(path: str | Path, task: str | envs.Task | None = None) -> dict | No
     None where such files have none.
     """
     if task is not None and envs.get_task(task).suite != "robosuite":
+        return None
+    if minari_data.is_minari(path):
         return None
     if is_npz(existing(path, task), task):
         return None

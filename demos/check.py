@@ -23,8 +23,8 @@ import numpy as np
 
 import demos
 import envs
-from demos import columns, download, hdf5, npz
-from demos.columns import DataError, existing
+from demos import download, hdf5, minari_data, npz
+from demos.columns import DataError, existing, reading
 from demos.ranges import refuse_implausible, starts
 from simulators.ogbench_env import met
 
@@ -74,23 +74,42 @@ def check(task: str | envs.Task, path: str | Path, episodes: int = 5) -> Report:
     task = envs.get_task(task)
     if episodes < 1:
         raise ValueError(f"need at least one demonstration to replay, got {episodes}")
-    path = existing(path, task)
+    path = located(path, task)
     data = demos.load(path, task, clip_actions=True)  # bad files are refused in one sentence
     # another robosuite is refused here
     env = envs.make_env(task, env_args=demos.env_args(path, task))
     try:
         refuse_implausible(path, data, env)
-        if task.suite == "robosuite" and not demos.is_npz(path, task):
-            return check_states(path, env, episodes)
-        return check_npz(path, env, episodes)
+        return replay(path, task, data, env, episodes)
     finally:
         env.close()
+
+
+def located(path: str | Path, task: envs.Task) -> str | Path:
+    """Return the path of a file that is there, or a Minari data set's name as it is."""
+    return str(path) if minari_data.is_minari(path) else existing(path, task)
+
+
+def replay(
+    path: str | Path, task: envs.Task, data: dict, env: gymnasium.Env, episodes: int
+) -> Report:
+    """Replay a file from its states if it has some, else from its seeds, else not at all."""
+    if not minari_data.is_minari(path):
+        is_npz = demos.is_npz(path, task)
+        if task.suite == "robosuite" and not is_npz:
+            return check_states(path, env, episodes)
+        if task.suite == "ogbench" and is_npz and "qpos" in members(path):
+            return check_play(path, env, episodes)
+    seeds = recorded_seeds(path, task)
+    if seeds is None:
+        return Report()
+    return check_seeds(path, data, env, seeds, episodes)
 
 
 def describe(task: str | envs.Task, path: str | Path) -> str:
     """Say in a few lines what was understood of a file."""
     task = envs.get_task(task)
-    path = existing(path, task)
+    path = located(path, task)
     data = demos.load(path, task, clip_actions=True)
     first = starts(data)
     lengths = np.diff(np.append(first, len(data["obs"])))
@@ -104,7 +123,7 @@ def describe(task: str | envs.Task, path: str | Path) -> str:
         f"actions {spread_of(data['action'])}",
         f"rewards {data['reward'].min():g} to {data['reward'].max():g}",
     ]
-    if not demos.is_npz(path, task):
+    if not minari_data.is_minari(path) and not demos.is_npz(path, task):
         with hdf5.opened(path) as file:
             lists = hdf5.filters(file)
         counts = [f"{name} ({len(members)})" for name, members in lists.items()]
@@ -281,29 +300,15 @@ def versions(path: Path) -> str:
     return f"It was recorded with {stated}: pip install {install}"
 
 
-# ---- npz: OGBench's states, or the seeds of the episodes
+# ---- OGBench's files, which hold states too
 
 
-def check_npz(path: Path, env: gymnasium.Env, episodes: int) -> Report:
-    """Replay a file from its states if it has some, else from its seeds, else not at all."""
-    if not demos.is_npz(path, env.unwrapped.task):
-        return Report()
-    with columns.reading(path, "readable as npz"), zipfile.ZipFile(path) as archive:
-        present = {name.removesuffix(".npy") for name in archive.namelist()}
-    task = env.unwrapped.task
-    if task.goal is not None and "qpos" in present:
-        return check_play(path, env, episodes, present)
-    if "seeds" in present:
-        return check_seeds(path, env, episodes)
-    return Report()
-
-
-def check_play(path: Path, env: gymnasium.Env, episodes: int, present: set[str]) -> Report:
+def check_play(path: Path, env: gymnasium.Env, episodes: int) -> Report:
     """Compare an OGBench file.
 
     Its observations hold velocities that a state restores only roughly: medians decide.
     """
-    if "qvel" not in present:
+    if "qvel" not in members(path):
         raise DataError(
             f"{path}: key 'qvel' is missing; without recorded states nothing can be replayed"
         )
@@ -372,14 +377,33 @@ def compare_trajectory(env, file: dict, rows: range, name: str, report: Report) 
     report.note(wrong > 0.01 * len(rows), f"{name}: success")
 
 
-def check_seeds(path: Path, env: gymnasium.Env, episodes: int) -> Report:
-    """Play episodes again from their seeds; observations must come back."""
-    task = env.unwrapped.task
-    seeds = npz.read_column(path, "seeds", None)
-    data = demos.load(path, task, clip_actions=True)
+# ---- files that hold the seeds of their episodes
+
+
+def recorded_seeds(path: str | Path, task: envs.Task) -> np.ndarray | None:
+    """Return the reset seed of each episode, None where the file does not know them all."""
+    if minari_data.is_minari(path):
+        return minari_data.seeds(str(path))
+    if demos.is_npz(path, task):
+        return npz.read_column(path, "seeds", None) if "seeds" in members(path) else None
+    with hdf5.opened(path) as file:
+        found = [file["data"][name].attrs.get("seed") for name in hdf5.names(file)]
+    return None if None in found else np.array(found)
+
+
+def members(path: Path) -> set[str]:
+    """Return the names of an npz file's arrays."""
+    with reading(path, "readable as npz"), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def check_seeds(
+    path: str | Path, data: dict, env: gymnasium.Env, seeds: np.ndarray, episodes: int
+) -> Report:
+    """Play episodes again from their seeds; observations and rewards must come back."""
     first = starts(data)
     if len(seeds) != len(first):
-        raise DataError(f"{path}: key 'seeds' must be ({len(first)},), found {seeds.shape}")
+        raise DataError(f"{path}: {len(seeds)} seeds for {len(first)} demonstrations")
     stops = np.append(first[1:], len(data["obs"]))
     report = Report()
     for number in range(min(episodes, len(first))):
@@ -390,7 +414,7 @@ def check_seeds(path: Path, env: gymnasium.Env, episodes: int) -> Report:
             report.rewards += not np.isclose(reward, data["reward"][row], rtol=1e-3, atol=1e-5)
             report.steps += 1
     if report.where or report.rewards:
-        where = report.where or f"rewards of {report.rewards} steps"
+        where = report.where or f"the rewards of {report.rewards} steps"
         raise ValueError(
             f"{path} and the environment disagree, first at {where}: it was recorded with another "
             "version of it, or the environment is not a function of seed and actions"

@@ -4,7 +4,7 @@
 
 A file is refused in one sentence that starts with its name. Names, types and shapes are checked
 before anything is read, so that a damaged or hostile file cannot claim more memory than its size
-justifies. Not here: the formats themselves (hdf5.py, npz.py, minari.py).
+justifies. Not here: the formats themselves (hdf5.py, npz.py, minari_data.py).
 
 Shapes: T steps of a demonstration, N steps of a file, D observation, A action.
 """
@@ -51,7 +51,7 @@ def existing(path: str | Path, task: str | Task | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def reading(path: Path, kind: str) -> Iterator[None]:
+def reading(path: str | Path, kind: str) -> Iterator[None]:
     """Turn whatever a damaged file raises while it is read into one sentence with its name."""
     try:
         yield
@@ -197,14 +197,14 @@ def label(steps: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarray]:
     return steps | {"truncated": truncated}
 
 
-def joined(path: Path, episodes: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def joined(path: str | Path, episodes: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Put labelled demonstrations one after the other. Raises DataError if there is none."""
     if not episodes:
         raise DataError(f"{path}: holds no demonstration")
     return {name: np.concatenate([one[name] for one in episodes]) for name in episodes[0]}
 
 
-def first_episodes(path: Path, count: int, wanted: int | None, noun: str) -> int:
+def first_episodes(path: str | Path, count: int, wanted: int | None, noun: str) -> int:
     """Return how many demonstrations to read. Raises DataError if the file holds fewer."""
     if wanted is None:
         return count
