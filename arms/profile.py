@@ -178,7 +178,7 @@ def _tuples(value):
 def _check(profile: Profile) -> None:
     """Refuse a profile that contradicts itself. Raises UserError."""
     count = len(profile.joints)
-    pairs = [pair for pair in profile.limits if len(pair) == 2 and pair[0] < pair[1]]
+    pairs = [pair for pair in profile.limits if len(pair) == 2 and float(pair[0]) < float(pair[1])]
     checks = {
         "joints": 5 <= count <= 7,
         "limits": len(pairs) == len(profile.limits) == count,
