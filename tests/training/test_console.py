@@ -22,7 +22,15 @@ from logbook import Clock, Interrupt, Logbook, Progress, Report
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def test_a_signal_sets_stop_and_the_second_ctrl_c_raises(capfd):
+@pytest.fixture
+def hangup():
+    """Let SIGHUP arrive, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_sets_stop_and_the_second_ctrl_c_raises(capfd, hangup):
     before = [signal.getsignal(number) for number in SIGNALS]
     for first in SIGNALS:
         with Interrupt() as interrupt:
