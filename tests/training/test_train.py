@@ -2,7 +2,6 @@
 refusals."""
 
 import contextlib
-import csv
 import dataclasses
 import json
 import os
@@ -17,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers import rows, same
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -106,28 +106,6 @@ def online(folder, demo_file, stage_one, *more):
         ]
     )
     return folder
-
-
-def same(a, b, path=""):
-    """Bitwise equality of two checkpoints, but for wall time and the best evaluation."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for name in a:
-            if name not in ("seconds", "best"):
-                same(a[name], b[name], f"{path}.{name}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            same(x, y, f"{path}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b or (a != a and b != b), path
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_stage_one_writes_a_run_folder_and_a_policy_that_loads(stage_one):
