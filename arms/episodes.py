@@ -30,10 +30,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from demos import hdf5
+from demos.columns import Allowance, locked
 from envs import Task
 from logbook import UserError, read_args
 
@@ -254,38 +256,65 @@ def load(paths: Sequence[str | Path], task: Layout) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def damaged(path: str | Path) -> Iterator[None]:
-    """Turn what a damaged file raises while it is read into one sentence with its name."""
+def opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Open an episode: the file, and the groups of its demonstrations by name.
+
+    Whatever a damaged file raises meanwhile becomes a UserError of one sentence with its name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no episode {path}")
     try:
-        yield
-    except (OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        with hdf5.opened(path) as file:
+            names = hdf5.names(file)
+            yield file, {name: hdf5.demonstration(path, file, name) for name in names}
+    except (ValueError, OSError) as error:
+        if isinstance(error.__cause__, OSError) and is_busy(error.__cause__):
+            raise UserError(str(error)) from error  # the file itself is whole
+        reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
         raise UserError(f"{path} is damaged ({reason}): remove it, nothing else is lost") from error
+
+
+def is_busy(error: OSError) -> bool:
+    """Tell whether a file may not be read now, because of a lock or its permissions."""
+    return isinstance(error, PermissionError) or locked(error)
 
 
 def outcome(path: str | Path) -> str | None:
     """Read how the episode of this file ended."""
-    with damaged(path):
-        return hdf5.env_args(path).get("outcome")
+    with opened(path) as (file, _):
+        label = hdf5.described_world(Path(path), file["data"]).get("outcome")
+        if label is not None and not isinstance(label, str):
+            raise ValueError(f"its outcome is {label!r:.40}")
+        return label
 
 
 def length(path: str | Path) -> int:
-    """Read the number of steps in this file."""
+    """Count the steps of this file, by the shapes of its actions."""
+    with opened(path) as (_, groups):
+        return sum(steps_of(path, name, group) for name, group in groups.items())
+
+
+def steps_of(path: str | Path, name: str, group: Any) -> int:
+    """Count the steps of a demonstration without reading them."""
     import h5py
 
-    with damaged(path), h5py.File(path, "r") as file:
-        return int(file["data"].attrs["total"])
+    actions = hdf5.member(group, "actions")
+    if not isinstance(actions, h5py.Dataset) or not actions.shape:
+        raise ValueError(f"data/{name} has no actions")
+    Allowance(Path(path)).take(f"data/{name}/actions", actions.shape, actions.dtype.itemsize)
+    return int(actions.shape[0])
 
 
 def workspace_of(paths: Sequence[str | Path]) -> np.ndarray:
     """Find the lowest and highest place of the tool in these episodes, (2, 3) in metres."""
-    import h5py
-
     places = []
     for path in paths:
-        with damaged(path), h5py.File(path, "r") as file:
-            for name in hdf5.names(file):
-                places.append(file["data"][name]["obs/eef"][:, :3])
+        with opened(path) as (_, groups):
+            allowance = Allowance(Path(path))
+            for name, group in groups.items():
+                pose = hdf5.column(f"data/{name}", group, "obs/eef", 9, allowance)
+                places.append(pose[:, :3])
     if not places:
         raise UserError("--box-from-demos: there are no recorded episodes in --data")
     places = np.concatenate(places)
@@ -294,21 +323,20 @@ def workspace_of(paths: Sequence[str | Path]) -> np.ndarray:
 
 def merge(paths: Sequence[str | Path], out: str | Path) -> Path:
     """Write one file of many, atomically; robomimic's own SequenceDataset opens it."""
-    import h5py
-
     out = Path(out)
     total = 0
     names = []
     with hdf5.building(out) as file:
         data = file.create_group("data")
         for path in paths:
-            with damaged(path), h5py.File(path, "r") as source:
+            with opened(path) as (source, groups):
                 for name, value in source["data"].attrs.items():
-                    data.attrs[name] = value
-                for name in hdf5.names(source):
+                    if name != "total":
+                        data.attrs[name] = value
+                for name, group in groups.items():
                     names.append(f"demo_{len(names)}")
-                    source.copy(source["data"][name], data, names[-1])
-                    total += int(source["data"][name].attrs["num_samples"])
+                    source.copy(group, data, names[-1])
+                    total += steps_of(path, name, group)
         data.attrs["total"] = total
         file.create_dataset("mask/train", data=np.array(names, dtype="S"))
     return out

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import demos
 from flow_policy import FlowPolicy
 from logbook import (
     Clock,
@@ -136,6 +137,7 @@ class Learner:
             args.demo_share,
         )
         self.replay.extend(data | {"reward": data["reward"] + args.reward_offset})
+        self.demonstrations = demos.fingerprint(data)
         policy = make_policy(args, task, device)
         standardise(policy, torch.as_tensor(data["obs"]), task)
         self.agent = POCO(args, policy, Clock())
@@ -242,6 +244,7 @@ class Learner:
             "agent": self.agent.state_dict(),
             "cloning": self.cloning.state_dict(),
             "columns": self.task.obs_keys,
+            "demonstrations": self.demonstrations,
             "cloned": self.cloned,
             "updates": self.updates,
             "absorbed": self.absorbed,
@@ -252,6 +255,7 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
         """Go on from a checkpoint; the episodes that it had absorbed are read from `folder`."""
+        refuse_other_demonstrations(state["demonstrations"], self.demonstrations, self.args.data)
         for path in numbered(folder)[: state["absorbed"]]:
             self.add(path)
         self.agent.load_state_dict(state["agent"])
@@ -278,3 +282,17 @@ def recordings(args: Any) -> list[Path]:
             f"no demonstrations in {data}: python robot.py record --task {args.task} makes them"
         )
     return files
+
+
+def refuse_other_demonstrations(then: dict[str, Any], now: dict[str, Any], data: str) -> None:
+    """Raise UserError if a run would go on with other demonstrations than it began with."""
+    if then == now:
+        return
+    if then["steps"] == now["steps"]:
+        difference = f"{now['steps']} steps as then, but other ones"
+    else:
+        difference = f"{then['steps']} steps then, {now['steps']} now"
+    raise UserError(
+        f"the demonstrations have changed: {difference} in {data}. A run goes on with those it "
+        "began with: put them back, or begin another run with --run-dir DIR"
+    )
