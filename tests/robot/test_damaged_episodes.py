@@ -117,19 +117,6 @@ def test_a_whole_file_that_may_not_be_read_now_is_not_called_damaged(path, monke
     assert "damaged" not in str(refused.value) and "remove" not in str(refused.value)
 
 
-def test_a_whole_file_that_may_not_be_read_now_is_not_called_damaged(path, monkeypatch):
-    """Somebody would remove it."""
-
-    def locked(*_, **__):
-        raise BlockingIOError(11, "unable to lock file, errno = 11")
-
-    monkeypatch.setattr(h5py, "File", locked)
-    with pytest.raises(UserError) as refused:
-        length(path)
-    assert "in use by another program" in str(refused.value)
-    assert "damaged" not in str(refused.value) and "remove" not in str(refused.value)
-
-
 # ---- recordings that have changed
 
 
