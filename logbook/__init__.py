@@ -32,7 +32,7 @@ from .errors import UserError, check_end, cli, must_fit, reason, user_errors
 from .figure import curve
 from .intervals import wilson
 from .old import check_numbers  # until benchmarks/ is rewritten
-from .optimizers import keep_rate, load_optimizer
+from .optimizers import keep_rate
 from .report import Report
 from .series import read_run
 
@@ -50,7 +50,6 @@ __all__ = [
     "curve",
     "keep_rate",
     "load_checkpoint",
-    "load_optimizer",
     "load_tensors",
     "must_fit",
     "noise_state",

@@ -1,10 +1,9 @@
 """Adam's state from a checkpoint: checked before it is loaded, learning rate kept.
 
-    from logbook import keep_rate, load_optimizer
+    from logbook import keep_rate
 
     optimizer = keep_rate(torch.optim.Adam(policy.parameters(), lr=3e-4))
     optimizer.load_state_dict(state["optimizer"])        # checked, and goes on with 3e-4
-    load_optimizer(other, state["optimizer"])            # the same for an Adam made elsewhere
 
 torch checks neither shapes nor types here, and its kernels read beyond a tensor that is too small.
 Not here: Adam itself (torch.optim).
@@ -24,18 +23,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def keep_rate(optimizer: Adam) -> Adam:
     """Let load_state_dict check what it is given and keep this optimiser's learning rate.
 
-    What its device needs (fused, capturable) is kept as well. Returns the optimiser.
+    What its device needs (fused, capturable) is kept as well. Returns the optimiser, whose
+    load_state_dict raises ValueError where a state does not belong to its parameters.
     """
     optimizer.register_load_state_dict_pre_hook(_checked)
     return optimizer
-
-
-def load_optimizer(optimizer: Adam, state: dict[str, Any]) -> None:
-    """Load `state` into an Adam, keeping its learning rate.
-
-    Raises ValueError where the state does not belong to this optimiser's parameters.
-    """
-    optimizer.load_state_dict(_checked(optimizer, state))
 
 
 def _checked(optimizer: Adam, state: dict[str, Any]) -> dict[str, Any]:
