@@ -173,10 +173,10 @@ RUNS = (
 
 def run_folder(name: str) -> Path:
     """Return the folder of a committed run, for example lift/poco-s0."""
-    for results in (ROOT / "benchmarks" / "results", ROOT / "benchmarks"):
-        if (results / name / "progress.csv").exists():
-            return results / name
-    raise FileNotFoundError(f"no progress.csv of {name} under {ROOT / 'benchmarks' / 'results'}")
+    folder = ROOT / "benchmarks" / "results" / name
+    if not (folder / "progress.csv").exists():
+        raise FileNotFoundError(f"there is no committed run {folder}")
+    return folder
 
 
 # ---- numbers and figures -------------------------------------------------------------------------
