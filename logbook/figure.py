@@ -87,7 +87,13 @@ def draw_grid(folders: list[str | Path], out: str | Path, columns: int = 4) -> P
         draw_series(panel, series, COLORS)
         shade_warmup(panel, members)
         finish_axes(panel)
-        panel.set_title(f"{task} ({count_of(seeds, 'seed')})", fontsize=11)
+        title = f"{task} ({count_of(seeds, 'seed')})"
+        collectors = {one.collects for one in series if one.collects}
+        if len(collectors) == 1:
+            title += f"\ncollects: {collectors.pop()}"
+            for line in panel.get_lines():  # the panel says it, so the legend need not
+                line.set_label(line.get_label().rpartition(", ")[2])
+        panel.set_title(title, fontsize=10)
         panel.set_xlabel(step_label(members))
     for panel in axes[::columns]:
         panel.set_ylabel("success (%)")
