@@ -8,7 +8,8 @@
 
 Every robot has the ten members of a LeRobot robot (PROTOCOL). No base class, nothing to inherit.
 A class of one's own says with a `profile` attribute which arm it drives; for others --profile
-does. Not here: units and checks (driver.py, profile.py), the guard (guard.py), the loop (rig.py).
+does.
+Not here: units and checks (driver.py, profile.py), the guard (guard.py), the loop (rig.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A camera read by its own thread: the control loop never waits for a picture and knows its age.
 
     camera = Camera("/dev/video0", size=128)              # a device, its number, or a video file
-    camera.open() picture, stamp = camera.read()                        # (128, 128, 3) uint8 RGB,
-    time.monotonic()
+    camera.open()
+    picture, stamp = camera.read()               # (128, 128, 3) uint8 RGB, time.monotonic()
 
 Needs OpenCV. The middle square of the picture is kept and shrunk, which takes 0.1 ms. A camera that
 stops delivers its last picture with its old stamp; the reader decides what is too old.

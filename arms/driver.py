@@ -2,13 +2,13 @@
 
     from arms.driver import Driver
     driver = Driver(robot, profile)         # refuses an arm that the profile does not describe
-    driver.connect()                        # refuses measured joints that cannot be
+    driver.connect()                        # refuses one without calibration or with a joint missing
     raw = driver.get_observation()          # the robot's own dict
     sent = driver.send(joints, gripper)     # radians, metres -> what was really sent
 
 Here alone stand the questions that a robot's class may answer or not: is it a simulation, does it
-judge success itself, can it cut its motors' power. Not here: where the arm may move (guard.py),
-what its numbers mean (profile.py).
+judge success itself, can it cut its motors' power.
+Not here: where the arm may move (guard.py), what its numbers mean (profile.py).
 """
 
 from __future__ import annotations

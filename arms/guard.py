@@ -7,9 +7,9 @@
     applied = guard.sent(joints, gripper)           # what the driver sent, in action units
 
 One step takes about 0.5 ms. The guard knows the tool centre point and the joints. It does not
-know the elbow, cables, the table or people. SI units. Not here: the loop and the watchdog
-(rig.py), the driver (driver.py), FK and IK (kinematics.py). Shapes: J joints. An action is shift
-xyz, turn xyz, gripper, each in [-1, 1].
+know the elbow, cables, the table or people. SI units.
+Not here: the loop and the watchdog (rig.py), the driver (driver.py), FK and IK (kinematics.py).
+Shapes: J joints. An action is shift xyz, turn xyz, gripper, each in [-1, 1].
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 
 Keys: s or 1 success, f or 0 fail, d discard, space take over or pause, q quit, x or ESC stop. A
 terminal works over SSH and tmux but must have the focus. An evdev device (a USB keypad or a
-pedal, the user in group `input`, `pip install evdev`) works without focus. Not here: what the
-events do to the arm (rig.py).
+pedal, the user in group `input`, `pip install evdev`) works without focus.
+Not here: what the events do to the arm (rig.py).
 """
 
 from __future__ import annotations

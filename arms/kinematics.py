@@ -5,9 +5,9 @@
     position, rotation = kinematics.fk(joints)        # (J,) rad -> (3,) m, (3, 3) in the base frame
     joints, position_error, rotation_error = kinematics.ik(position, rotation, start=joints)
 
-One FK takes 10 us, one IK along a path 0.3 ms. The tool centre point (TCP) is a site or a body of
-the model. Nothing here moves an arm or knows a workspace: see guard.py. Profiles and their units:
-profile.py. The Piper's model: piper_model.py. Shapes: J joints, from the base to the tool.
+One FK takes 10 us, one IK along a path 0.3 ms. The tool centre point (TCP) is a site of the model.
+Not here: workspaces (guard.py), profiles and their units (profile.py), the Piper (piper_model.py).
+Shapes: J joints, from the base to the tool.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Kinematics:
     """FK and IK of the tool centre point. It owns its model and data: one object per thread.
 
     model: MJCF or URDF text. joints: names of the J joints in the model. limits (J, 2) in
-    radians. tool: the site or body that is the TCP. turn_weight: how many metres an error of one
+    radians. tool: the site that is the TCP. turn_weight: how many metres an error of one
     radian counts as in the IK; below 1 for arms of five joints, which cannot reach every rotation
     and should then keep the place.
     """

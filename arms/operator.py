@@ -1,9 +1,8 @@
-"""The person who tele-operates, as actions in the guard's units: a leader arm, or a stick that
-says by how much to move.
+"""The person who tele-operates, as actions in the guard's units: a leader arm or a stick.
 
-    from arms.operator import open_operator operator = open_operator(teleop, profile,
-    "so101_leader")     # refuses keys of another kind of arm action = operator.action(guard)
-    # (7,), through the guard like any
+    from arms.operator import open_operator
+    operator = open_operator(teleop, profile, "so101_leader")    # refuses another kind of arm
+    action = operator.action(guard)                              # (7,), for guard.step
 
 Not here: the devices themselves (LeRobot's teleoperators, piper.py: PiperLeader, teleop.py),
 hand-over and pauses (rig.py).

@@ -11,8 +11,9 @@ Firmware V1.5-2 or newer. Joint commands only, at half speed at most: the firmwa
 here: zeros before the first frame, the last pose for ever once the arm is quiet, commands into a
 dead bus, joints beyond their range. Without power the arm falls, so only disconnect(release=True)
 in the rest pose cuts it. Position control has no compliance: crash protection is on, and a
-hardware emergency stop within reach is not optional. Not here: workspace limits and speeds
-(guard.py), the loop (rig.py), the model (piper_model.py), pictures (camera.py).
+hardware emergency stop within reach is not optional.
+Not here: workspace limits and speeds (guard.py), the loop (rig.py), the model (piper_model.py),
+pictures (camera.py).
 """
 
 from __future__ import annotations

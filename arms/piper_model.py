@@ -6,8 +6,8 @@
 The simulated arm (sim.py) and the real one (piper.py) share it. FK equals the maker's SDK to 1e-6
 mm. The tool centre point (TCP) is midway between the fingertips, `tool` metres beyond the flange
 along the flange's z axis; the fingers slide along its y axis. Base frame: x forward, y left, z
-up, origin on the mounting plane. Not here: tasks (sim.py), limits of the workspace and of speeds
-(guard.py), meshes.
+up, origin on the mounting plane.
+Not here: tasks (sim.py), limits of the workspace and of speeds (guard.py), meshes.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@
     robot.send_action(profile.to_driver(joints, gripper))
 
 Nothing is guessed: an arm without a profile is refused, because radians sent to an arm that
-expects degrees hardly move it and degrees read as radians can pass for a pose. docs:
-arms/README.md, "Your own arm". Not here: the model's kinematics (kinematics.py), checks against a
-robot before it connects (driver.py). Shapes: J joints, from the base to the tool.
+expects degrees hardly move it, and degrees read as radians can pass for a pose. How to write a
+profile: arms/README.md, "Your own arm".
+Not here: the model's kinematics (kinematics.py), checks against a robot (driver.py).
+Shapes: J joints, from the base to the tool.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     vector = rotation_vector(rotation)              # (3,), axis times angle
 
 Both take a few microseconds, several times less than scipy's Rotation: the IK calls them sixty
-times per period. Not here: quaternions, Euler angles.
+times per period.
+Not here: quaternions, Euler angles.
 """
 
 from __future__ import annotations

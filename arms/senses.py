@@ -1,14 +1,15 @@
 """What an arm is asked 15 times a second: absolute deadlines and one vector for the policy.
 
-    from arms.senses import PERIOD, Pace, Senses pace = Pace(realtime=True) senses =
-    Senses(driver, pace, observe="auto")             # or "state", "vision" view = senses.read()
-    # a View, or None: senses.fault says why
+    from arms.senses import PERIOD, Pace, Senses
+    pace = Pace(realtime=True)
+    senses = Senses(driver, pace, observe="auto")    # or "state", "vision"
+    view = senses.read()                             # a View, or None: senses.fault says why
 
 The vector holds the joint angles, the gripper's opening, the tool's place and the first two
 columns of its rotation (9 numbers from FK, ours), then either the simulator's object.* floats or
 the features of the cameras' pictures. An arm is stale after 100 ms, a camera after 200 ms.
-Reading takes what the driver takes and 0.1 ms. Not here: the loop (rig.py), what makes features
-of pictures (vision.py, language.py).
+Reading takes what the driver takes and 0.1 ms.
+Not here: the loop (rig.py), what makes features of pictures (vision.py, language.py).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     driver, operator = open_driver(args)                      # nothing moves yet
 
 The paper leaves open where the box is, the limits of orientation and speed, and what ends a run:
-those defaults are ours. Not here: what the values do (rig.py and workspace.py: the arm;
-learner.py: stages I and II).
+those defaults are ours.
+Not here: what the values do (rig.py and workspace.py: the arm; learner.py: stages I and II).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """A scripted operator for the simulated arm, in the place of a person with a leader arm.
 
-    expert = ScriptedExpert(arm, seed=0) arm.send_action(expert.get_action())                  #
-    fifteen times a second, through the Guard
+    expert = ScriptedExpert(arm, seed=0)
+    arm.send_action(expert.get_action())       # fifteen times a second, through the Guard
 
 Like any tele-operator it offers get_action() -> the next joint targets. It sees the true state of
 the simulation and goes on from the arm's last target by at most 1.4 cm per call. It is uneven in
 the way people are: each episode draws a pace, a height, a detour and a steadiness of hand; some
 attempts aim beside the goal, notice it, rise and try again. If somebody else moved the arm
-meanwhile, a new attempt begins from there. One call takes 1 ms. All constants are ours. Not here:
-the leader arm of a real set-up (piper.py: PiperLeader), the simulated arm (sim.py).
+meanwhile, a new attempt begins from there. One call takes 1 ms. All constants are ours.
+Not here: the leader arm of a real set-up (piper.py: PiperLeader), the simulated arm (sim.py).
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Where an arm may work: its box, the axis of its cone, its start; found once by hand and kept.
 
-    from arms.workspace import find_workspace, remember workspace = find_workspace(args, driver,
-    view)        # a Workspace; args are settings.Args remember(args)
-    # for later sessions, beside the recordings
+    from arms.workspace import find_workspace, remember
+    workspace = find_workspace(args, driver, view)    # a Workspace; args are settings.Args
+    remember(args)                                    # for later sessions, beside the recordings
 
 A real arm is put by hand where it should work, once. Its later sessions find it folded at rest,
 which tells nothing, so the box's centre and the joints of the start stay in args.json beside the
-recorded episodes (and in the run's own). Not here: keeping to it (guard.py), moving there
-(rig.py).
+recorded episodes (and in the run's own).
+Not here: keeping to it (guard.py), moving there (rig.py).
 """
 
 from __future__ import annotations
