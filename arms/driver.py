@@ -2,7 +2,7 @@
 
     from arms.driver import Driver
     driver = Driver(robot, profile)         # refuses an arm that the profile does not describe
-    driver.connect()                        # refuses one without calibration or with a joint missing
+    driver.connect()                        # refuses one uncalibrated or with a joint missing
     raw = driver.get_observation()          # the robot's own dict
     sent = driver.send(joints, gripper)     # radians, metres -> what was really sent
 
