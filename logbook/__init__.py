@@ -31,7 +31,6 @@ from .devices import noise_state, restore_noise, usable_device
 from .errors import UserError, check_end, cli, must_fit, reason, user_errors
 from .figure import curve
 from .intervals import wilson
-from .old import check_numbers  # until benchmarks/ is rewritten
 from .optimizers import keep_rate
 from .report import Report
 from .series import read_run
@@ -45,7 +44,6 @@ __all__ = [
     "Report",
     "UserError",
     "check_end",
-    "check_numbers",
     "cli",
     "curve",
     "keep_rate",

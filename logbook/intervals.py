@@ -21,4 +21,6 @@ def wilson(successes: int, episodes: int, z: float = 1.96) -> tuple[float, float
     shrink = 1 + z * z / episodes
     center = (rate + z * z / (2 * episodes)) / shrink
     half = z / shrink * math.sqrt(rate * (1 - rate) / episodes + z * z / (4 * episodes**2))
-    return min(rate, center - half), max(rate, center + half)  # rounding at 0 and at 1
+    low = max(0.0, min(rate, center - half))  # rounding at 0 and at 1
+    high = min(1.0, max(rate, center + half))
+    return low, high
