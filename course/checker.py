@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .problems import PROBLEMS, Problem
+from .problems import PROBLEMS, Problem, call
 
 SECONDS = 20  # for one exercise; the answers need far less than one
 
@@ -100,7 +100,28 @@ def _judge(problem: Problem, function, seed: int) -> tuple[str, str]:
         wrong = [_observe(problem, mistake, inputs) for inputs in cases]
         if _agree(found, wrong, right, problem.tolerance):
             return "wrong", message
-    return "wrong", _numbers(problem, found, right)
+    return "wrong", _partial(problem, cases, found, right) or _numbers(problem, found, right)
+
+
+def _partial(problem: Problem, cases, found, right) -> str:
+    """Name the mistake in the first wrong one of several values, where more than one is wrong."""
+    values = len(right[0])
+    if values == 1 or problem.observe is not call:  # a gradient is no value that was returned
+        return ""
+    for k in range(values):
+        mine, wanted = _part(found, k), _part(right, k)
+        if _agree(mine, wanted, wanted, problem.tolerance):
+            continue
+        for message, mistake in problem.mistakes:
+            wrong = _part([_observe(problem, mistake, inputs) for inputs in cases], k)
+            if _agree(mine, wrong, wanted, problem.tolerance):
+                return f"more than one mistake. Value {k + 1}: {message}"
+    return ""
+
+
+def _part(answers, k: int) -> list[tuple[torch.Tensor, ...]]:
+    """Keep the k-th value of each answer; a mistake may return fewer."""
+    return [answer[k : k + 1] for answer in answers]
 
 
 def _observe(problem: Problem, function, inputs) -> tuple[torch.Tensor, ...]:
@@ -139,6 +160,8 @@ def _compare_shapes(mine, wanted, number: int) -> None:
 def _agree(found, other, right, tolerance: float) -> bool:
     """Say whether two lists of answers are the same, within the tolerance."""
     for mine, theirs, scale in zip(found, other, right):
+        if not len(mine) == len(theirs) == len(scale):
+            return False
         for one, two, size in zip(mine, theirs, scale):
             if one.numel() != two.numel():
                 return False
@@ -156,7 +179,11 @@ def _numbers(problem: Problem, found, right) -> str:
     if not torch.isfinite(mine).all():
         return f"{int((~torch.isfinite(mine)).sum())} of {len(mine)} numbers are not finite"
     ratio = float((mine @ wanted) / (wanted @ wanted))
-    if ratio != 0 and torch.allclose(mine, ratio * wanted, rtol=1e-6, atol=1e-9):
+    if (
+        abs(ratio) > 1e-9
+        and abs(ratio - 1) > 1e-3
+        and torch.allclose(mine, ratio * wanted, rtol=1e-6, atol=1e-9)
+    ):
         return f"every number is {ratio:.4g} times the right one"
     if problem.rows_sum_to_one:
         sums = torch.cat([answer[0].sum(-1).reshape(-1) for answer in found])

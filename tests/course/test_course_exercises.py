@@ -113,6 +113,23 @@ def test_an_unknown_mistake_is_described(tmp_path, body, message):
     assert "there is no function gap" in only(path, "gap").message
 
 
+def test_a_softmax_is_a_right_answer_to_4a():
+    problem = next(one for one in PROBLEMS if one.key == "4a")
+    for seed in range(20):
+        found = checker.check(problem, lambda q, eta: torch.softmax(q / eta, -1), seed)
+        assert found.status == "right", found.message
+
+
+def test_of_two_mistakes_at_once_the_first_is_named():
+    def twice_wrong(weights):
+        return 1 / weights.square().sum(-1), (weights * weights.log()).sum(-1)
+
+    problem = next(one for one in PROBLEMS if one.key == "4b")
+    found = checker.check(problem, twice_wrong)
+    assert found.status == "wrong"
+    assert found.message == f"more than one mistake. Value 1: {problem.mistakes[0][0]}"
+
+
 def test_an_endless_loop_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(checker, "SECONDS", 0.2)
     path = hand_in(tmp_path, "def posterior(prior, q, eta):\n    while True:\n        pass\n")
