@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from demos import hdf5
-from demos.columns import Allowance, locked
+from demos.columns import Allowance, DataError, locked
 from envs import Task
 from logbook import UserError, read_args
 
@@ -285,7 +285,7 @@ def outcome(path: str | Path) -> str | None:
     with opened(path) as (file, _):
         label = hdf5.described_world(Path(path), file["data"]).get("outcome")
         if label is not None and not isinstance(label, str):
-            raise ValueError(f"its outcome is {label!r:.40}")
+            raise DataError(f"its outcome is {label!r:.40}")
         return label
 
 
@@ -301,7 +301,7 @@ def steps_of(path: str | Path, name: str, group: Any) -> int:
 
     actions = hdf5.member(group, "actions")
     if not isinstance(actions, h5py.Dataset) or not actions.shape:
-        raise ValueError(f"data/{name} has no actions")
+        raise DataError(f"data/{name} has no actions")
     Allowance(Path(path)).take(f"data/{name}/actions", actions.shape, actions.dtype.itemsize)
     return int(actions.shape[0])
 
@@ -330,13 +330,40 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> Path:
         data = file.create_group("data")
         for path in paths:
             with opened(path) as (source, groups):
-                for name, value in source["data"].attrs.items():
-                    if name != "total":
-                        data.attrs[name] = value
+                copy_attributes(source["data"], data, ("env_args", "task", "mujoco_version"))
+                allowance = Allowance(Path(path))
                 for name, group in groups.items():
                     names.append(f"demo_{len(names)}")
-                    source.copy(group, data, names[-1])
-                    total += steps_of(path, name, group)
+                    target = data.create_group(names[-1])
+                    copy_columns(f"data/{name}", group, target, allowance)
+                    copy_attributes(group, target, ("failed", "seed"))
+                    target.attrs["num_samples"] = steps_of(path, name, group)
+                    total += target.attrs["num_samples"]
         data.attrs["total"] = total
         file.create_dataset("mask/train", data=np.array(names, dtype="S"))
     return out
+
+
+def copy_attributes(source: Any, target: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if name in source.attrs:
+            target.attrs[name] = source.attrs[name]
+
+
+def copy_columns(where: str, source: Any, target: Any, allowance: Allowance) -> None:
+    """Copy a demonstration's arrays of numbers, each checked before it is read.
+
+    HDF5's own copy of a whole group crashes on damaged ones.
+    """
+    import h5py
+
+    keys = []
+    for key in source:
+        inside = hdf5.member(source, key)
+        keys += [f"{key}/{part}" for part in inside] if isinstance(inside, h5py.Group) else [key]
+    for key in keys:
+        column = hdf5.member(source, key)
+        if not isinstance(column, h5py.Dataset) or column.dtype.kind not in "bifu":
+            raise DataError(f"{where}/{key} is no array of numbers")
+        allowance.take(f"{where}/{key}", column.shape or (), column.dtype.itemsize)
+        target[key] = column[()]
