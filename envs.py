@@ -1,7 +1,7 @@
 """The table of tasks, their environments, open-loop chunks and evaluation (Tables I-III).
 
     import envs
-    env = envs.make_env("lift", seed=0)
+    env = envs.make_env("lift", seed=0)               # or a gymnasium id: "my_module:PointMass-v0"
     result = envs.evaluate(policy, "lift", episodes=50, seed=1000)
     # policy(obs (1, D), rng) -> chunk (H, A)
 
@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -34,7 +35,7 @@ import torch
 
 import simulators
 from logbook import wilson
-from simulators import Goal
+from simulators import Goal, gym_env
 
 ROBOMIMIC_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
 
@@ -44,16 +45,19 @@ class Task:
     """One row of the table. `paper` and `cpu` are its training settings under these presets."""
 
     name: str
-    suite: str  # which simulator: robosuite or ogbench
+    suite: str  # which simulator: robosuite, ogbench or gymnasium
     env_name: str  # the simulator's own name
     description: str
     obs_dim: int
     action_dim: int
-    episode_limit: int  # steps after which an episode is truncated
+    episode_limit: int | None  # steps after which an episode is truncated; None: has to be given
     obs_keys: tuple[str, ...] = ()  # robomimic's names, in order
     obs_sizes: tuple[int, ...] = ()
     goal: Goal | None = None  # of OGBench's tasks
     counts: bool = False  # the reward is minus the number of unmet conditions, not 1 when all hold
+    success_key: str | None = None  # of a gymnasium task's info; None: success or is_success
+    action_low: tuple[float, ...] = ()  # a gymnasium task's own units, which are [-1, 1] here
+    action_high: tuple[float, ...] = ()
     paper: dict[str, Any] = field(default_factory=dict)
     paper_online: dict[str, Any] = field(default_factory=dict)  # what --setting online changes
     cpu: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +82,12 @@ class Task:
         if self.counts:
             return met.sum(-1) - float(self.conditions)
         return met.all(-1) * 1.0
+
+    def unit_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Turn actions (..., A) in the environment's own units into [-1, 1]."""
+        if not self.action_low:
+            return np.asarray(actions)
+        return gym_env.to_unit(actions, np.array(self.action_low), np.array(self.action_high))
 
 
 # What the `cpu` preset sets for every task, beside the task's own block; no key stands in both. All
@@ -346,13 +356,62 @@ TASKS: dict[str, Task] = {
 }
 
 
-def get_task(task: str | Task) -> Task:
-    """Return a row of the table. Raises ValueError for an unknown name."""
+# What a gymnasium task starts from, per preset; set temperature and clip first (docs). They suit
+# rewards between 0 and 1 per episode; where rewards are larger, so should the temperature be.
+GYM_DEFAULTS: dict[str, dict[str, Any]] = {
+    "paper": {"temperature": 0.1, "clip": 0.3},
+    "cpu": {
+        "pretrain_steps": 5000,
+        "warmup_steps": 1000,
+        "online_steps": 15_000,
+        "eval_every": 3000,
+        "capacity": 100_000,
+        "online_learning_rate": 1e-3,
+        "critic_learning_rate": 1e-3,
+        "act": "posterior",
+        "heads": 5,
+        "pessimism": 1.0,
+        "tau": 0.02,
+        "reward_offset": 0.0,
+        "temperature": 0.03,
+    },
+}
+
+
+def get_task(task: str | Task, success_key: str | None = None) -> Task:
+    """Return a row of the table, or make one for a gymnasium id ("module:Id-v0" imports module).
+
+    success_key names the entry of a gymnasium environment's info that says whether an episode has
+    succeeded. Raises ValueError for an unknown name, and for spaces that are not vectors.
+    """
     if isinstance(task, Task):
         return task
-    if task not in TASKS:
-        raise ValueError(f"unknown task '{task}'; tasks: {', '.join(TASKS)}")
-    return TASKS[task]
+    if task in TASKS:
+        return TASKS[task]
+    return _gym_task(task, success_key)
+
+
+@functools.cache
+def _gym_task(name: str, success_key: str | None) -> Task:
+    try:
+        sizes = gym_env.describe(name)
+    except gym_env.NotMade as error:
+        if "-v" in name or ":" in name:
+            raise
+        raise ValueError(
+            f"unknown task '{name}'; tasks: {', '.join(TASKS)}; a gymnasium id works too, such as "
+            "Reacher-v5 or my_module:MyEnv-v0"
+        ) from error
+    return Task(
+        name=name,
+        suite="gymnasium",
+        env_name=name,
+        description=f"gymnasium's {name}",
+        success_key=success_key,
+        paper=GYM_DEFAULTS["paper"],
+        cpu=GYM_DEFAULTS["cpu"],
+        **sizes,
+    )
 
 
 def settings(task: str | Task, preset: str, setting: str = "offline-to-online") -> dict[str, Any]:
@@ -418,6 +477,7 @@ class ChunkRunner:
 
     def _forget(self) -> None:
         self.obs = None
+        self.first_obs = None
         self.seed = None
         self.ended = True
         self._queue = []
@@ -427,6 +487,7 @@ class ChunkRunner:
         """Begin an episode; what is left of an old chunk belongs to another state."""
         self._forget()
         self.obs, _ = self.env.reset(seed=seed)
+        self.first_obs = self.obs
         self.seed = self.env.unwrapped.episode_seed
         self.ended = False
         return self.obs
@@ -458,22 +519,47 @@ class ChunkRunner:
         size = self.env.action_space.shape
         return {
             "seed": self.seed,
+            "first_obs": self.first_obs,  # (D,); this and the next tell whether it really is
+            "obs": self.obs,
             "actions": np.array(self._executed, np.float32).reshape(-1, *size),  # (T, A)
             "pending": np.array(self._queue, np.float32).reshape(-1, *size),  # (k, A)
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Play the episode again up to where `state_dict` was taken."""
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Play the episode again up to where `state_dict` was taken.
+
+        Returns False, and begins another episode, where the environment is not a function of seed
+        and actions: its observations are not those it gave before.
+        """
         if state["seed"] is None:  # saved before the first reset
             self._forget()
-            return
+            return True
         self.reset(int(state["seed"]))
+        if _about_equal(self.obs, state["first_obs"]) and self._replay(state):
+            self._queue = list(np.array(state["pending"], np.float32))
+            return True
+        print(
+            "the environment is not a function of seed and actions: the interrupted episode "
+            "cannot be continued, another begins",
+            file=sys.stderr,
+        )
+        self.reset()
+        return False
+
+    def _replay(self, state: dict[str, Any]) -> bool:
         for action in np.asarray(state["actions"], np.float32):
-            self._execute(action)
-        self._queue = list(np.array(state["pending"], np.float32))
+            move = self._execute(action)
+            if self.ended and len(self._executed) < len(state["actions"]):
+                return move.truncated  # by a limit lower than before, which the caller sees
+        return _about_equal(self.obs, state["obs"])
 
     def close(self) -> None:
         self.env.close()
+
+
+def _about_equal(obs: np.ndarray, recorded: Any) -> bool:
+    """Compare two observations; another machine may round differently."""
+    return np.allclose(obs, np.asarray(recorded), rtol=1e-4, atol=1e-4)
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -500,9 +586,13 @@ class EvalResult:
         return wilson(int(self.success.sum()), len(self.success))
 
     def __str__(self) -> str:
+        """Say the success rate, and the mean return where nothing succeeded but returns differ."""
         low, high = self.interval
         count = len(self.success)
-        return f"{100 * self.success_rate:.0f}% [{100 * low:.0f}, {100 * high:.0f}] of {count}"
+        text = f"{100 * self.success_rate:.0f}% [{100 * low:.0f}, {100 * high:.0f}] of {count}"
+        if not self.success.any() and np.ptp(self.episode_return) > 0:
+            text += f", mean return {self.episode_return.mean():.4g}"
+        return text
 
 
 @contextlib.contextmanager

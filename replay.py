@@ -75,6 +75,12 @@ class ChunkReplay:
     def __len__(self) -> int:
         return self.demos + self.online
 
+    @property
+    def starts(self) -> int:
+        """Count the stored steps where a complete chunk begins."""
+        # The last chunks of an episode still being played are not complete yet.
+        return self.demos + self.online - min(self.tail, self.horizon - 1)
+
     def add(self, obs, action, reward, next_obs, terminated, truncated) -> None:
         """Append one online transition, in the order it happened."""
         ring = self.capacity - self.demos
@@ -101,6 +107,13 @@ class ChunkReplay:
         self.pointer = (self.pointer + 1) % ring
         self.online = min(self.online + 1, ring)
         self.tail = 0 if terminated or truncated else min(self.tail + 1, ring)
+
+    def cut(self) -> None:
+        """End the episode at the newest step; what is added next belongs to another one."""
+        if self.tail:
+            newest = (self.pointer - 1) % (self.capacity - self.demos)
+            self.data["truncated"][self.demos + newest] = 1.0
+            self.tail = 0
 
     def extend(self, transitions: dict[str, np.ndarray | Tensor]) -> None:
         """Append demonstrations: a dict with an array of equal length for each name in FIELDS.
@@ -139,15 +152,14 @@ class ChunkReplay:
         Where demo_share divides the batch they are uniform over each part. generator lives on the
         buffer's device.
         """
-        # The last chunks of an episode still being played are not complete yet.
-        experience = self.online - min(self.tail, self.horizon - 1)
-        if self.demos + experience <= 0:
+        end = self.starts
+        experience = end - self.demos
+        if end <= 0:
             raise ValueError("nothing to sample: the replay holds no complete chunk")
 
         def starts(first, end, count):
             return torch.randint(first, end, (count,), generator=generator, device=self.device)
 
-        end = self.demos + experience
         if self.demo_share is None or self.demos == 0 or experience <= 0:
             return self.chunks(starts(0, end, batch_size))
         old = round(self.demo_share * batch_size)

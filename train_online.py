@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import demos
 import envs
 from chunk_critic import ChunkCritic, aggregate, critic_loss, ema_update, td_target
 from flow_policy import FlowPolicy
@@ -72,6 +73,7 @@ from train_offline import (
     minimise,
     policy_state,
     record_result,
+    refuse_other_identity,
     run_evaluation,
     setup,
     stage_one,
@@ -365,6 +367,8 @@ class Interaction:
 
     def batches(self) -> Iterator[Any]:
         """Draw what the agent learns from after this step."""
+        if self.replay.starts <= 0:  # from scratch: the first chunk is not complete
+            return
         ratio = self.args.updates_per_step
         due = int(self.steps * ratio) - int((self.steps - 1) * ratio)
         for _ in range(due):
@@ -396,7 +400,8 @@ class Interaction:
                 "a run goes on as it began: in turn (--rollouts 0) or with any number of them"
             )
         self.replay.load_state_dict(state["replay"])
-        self.runner.load_state_dict(state["runner"])
+        if not self.runner.load_state_dict(state["runner"]):
+            self.replay.cut()  # another episode has begun
         if self.args.rollouts == 0 and self.runner.ended:
             raise UserError(
                 f"the episode being played is longer than --episode-limit {self.args.episode_limit}"
@@ -567,9 +572,10 @@ def open_run(args, agent_class, simulation, device, data):
     name = run_name(args, agent_class, simulation)
     folder = Path(args.resume or args.run_dir or f"runs/{args.task}-{name}-s{args.seed}")
     columns = [*COLUMNS, *agent_class.stats, *(f"time/{phase}" for phase in PHASES)]
+    identity = {"demonstrations": demos.fingerprint(data)} | simulation.identity()
     if args.resume:
         book = Logbook.resume(folder, columns, task=args.task, method=name)
-        refuse_other_identity(book, simulation.identity())
+        refuse_other_identity(book, identity)
         state = book.load("last.pt")
         with must_fit(folder):
             check_end(folder, state["world"]["steps"], args)
@@ -579,7 +585,7 @@ def open_run(args, agent_class, simulation, device, data):
     policy = starting_policy(args, agent_class, simulation, device, data)
     if policy is None:
         return None
-    stored = dataclasses.asdict(args) | simulation.identity() | {"method": name}
+    stored = dataclasses.asdict(args) | identity | {"method": name}
     return policy, Logbook.create(folder, stored, columns, overwrite=args.overwrite), None
 
 
@@ -601,7 +607,8 @@ def run_name(args: Any, agent_class: type, simulation: Simulation) -> str:
 
 def starting_policy(args, agent_class, simulation, device, data):
     """Return stage II's first policy: untrained, loaded or cloned now. None if interrupted."""
-    if args.setting == "online" or not agent_class.cloned:
+    from_scratch = args.setting == "online" or len(data["obs"]) == 0
+    if from_scratch or not agent_class.cloned:
         return simulation.make_policy(device, data)
     if args.checkpoint is not None:
         return load_cloned(args.checkpoint, simulation, device)
@@ -619,14 +626,6 @@ def refuse_contradictions(args: Any) -> None:
         raise UserError("--setting online begins untrained: leave out --checkpoint")
     if args.ray and not args.rollouts:
         raise UserError("--ray needs the number of its workers: --rollouts N")
-
-
-def refuse_other_identity(book: Logbook, identity: dict[str, Any]) -> None:
-    for name, value in identity.items():
-        if book.args.get(name, value) != value:
-            raise UserError(
-                f"{book.folder} was begun with other {name}: {book.args[name]} then, {value} now"
-            )
 
 
 def evaluate_checkpoint(args, agent_class, simulation, device, clock):

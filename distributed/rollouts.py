@@ -171,8 +171,11 @@ class Rollouts:
                 waiting[0][name] = waiting[0][name][self.row :]
         return {"waiting": waiting, "numbers": self.numbers}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, before the first step; the number of workers may differ."""
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go on from there, before the first step; the number of workers may differ.
+
+        Returns True: recorded episodes need not be played again, so they always continue.
+        """
         count = len(self.numbers)
         for slot, number in enumerate(state["numbers"][:count]):
             self.numbers[slot] = number
@@ -183,6 +186,7 @@ class Rollouts:
                 loaded[name] = np.asarray(episode[name])
             self.waiting.append(loaded)
             self.received[slot] += len(loaded["reward"])
+        return True
 
     def close(self) -> None:
         self.crew.close()

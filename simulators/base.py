@@ -4,7 +4,7 @@
     env = make(task, seed=0, render_mode=None, episode_limit=None, env_args=None)
 
 Imports no project file: a task is anything with the fields of envs.Task.
-Not here: the suites themselves (robosuite_env.py, ogbench_env.py).
+Not here: the suites themselves (robosuite_env.py, ogbench_env.py, gym_env.py).
 """
 
 import ctypes.util
@@ -41,11 +41,16 @@ class SimulatorEnv(gymnasium.Env):
     ):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode is None or 'rgb_array', got {render_mode!r}")
+        limit = task.episode_limit if episode_limit is None else episode_limit
+        if limit is None:
+            raise ValueError(
+                f"task '{task.name}' sets no limit to its episodes: give one, --episode-limit"
+            )
+        if limit < 1:
+            raise ValueError(f"episode_limit must be at least 1, got {limit}")
         self.task = task
         self.render_mode = render_mode
-        self.episode_limit = task.episode_limit if episode_limit is None else int(episode_limit)
-        if self.episode_limit < 1:
-            raise ValueError(f"episode_limit must be at least 1, got {episode_limit}")
+        self.episode_limit = int(limit)
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (task.obs_dim,), np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (task.action_dim,), np.float32)
         self._first_seed = seed
@@ -89,7 +94,8 @@ class SimulatorEnv(gymnasium.Env):
         self.steps = 0
         return self._reset(self.episode_seed).astype(np.float32), {"success": False}
 
-    def step(self, action: np.ndarray):
+    def checked(self, action: np.ndarray) -> np.ndarray:
+        """Return the action clipped to [-1, 1]. Raises ValueError for a bad shape or a NaN."""
         action = np.asarray(action, dtype=np.float64)
         if action.shape != self.action_space.shape:
             raise ValueError(
@@ -101,7 +107,10 @@ class SimulatorEnv(gymnasium.Env):
                 f"action has non-finite values at step {self.steps}: {action}; "
                 "check the policy's output"
             )
-        obs, met = self._advance(np.clip(action, -1.0, 1.0))
+        return np.clip(action, -1.0, 1.0)
+
+    def step(self, action: np.ndarray):
+        obs, met = self._advance(self.checked(action))
         self.steps += 1
         success = bool(np.all(met))
         truncated = self.steps >= self.episode_limit and not success
@@ -158,6 +167,8 @@ def make(
         from .robosuite_env import RobosuiteEnv as suite
     elif task.suite == "ogbench":
         from .ogbench_env import OGBenchEnv as suite
+    elif task.suite == "gymnasium":
+        from .gym_env import GymEnv as suite
     else:
         raise ValueError(f"task '{task.name}' is of no known suite: {task.suite}")
     return suite(task, seed, render_mode, episode_limit, env_args)

@@ -181,6 +181,23 @@ def test_an_open_tail_waits_until_its_chunk_is_complete_or_its_episode_ends(time
     ]
 
 
+@pytest.mark.parametrize("before", [1, 3, 8])
+def test_a_cut_ends_the_episode_at_its_newest_step(before):
+    """What could not be continued is a timeout, also where the ring has wrapped; twice is once."""
+    replay = ChunkReplay(6, 1, 1, 2, 0.5)
+    replay.cut()  # of nothing
+    for i in range(before):
+        replay.add([i], [i], 1.0, [i + 1], False, False)
+    replay.cut()
+    replay.cut()
+    replay.add([50], [0], 8.0, [51], False, False)
+    batch = replay.chunks(torch.tensor([len(replay) - 2]))
+    assert batch.obs.item() == before - 1 and batch.valid.tolist() == [[1, 0]]
+    assert (batch.returns.item(), batch.bootstrap.item()) == (1.0, 0.5)
+    assert batch.next_obs.item() == before
+    assert replay.data["truncated"].sum() == 1
+
+
 @pytest.mark.parametrize(
     "terminated, truncated, bootstrap", [(1, 0, 0.0), (0, 1, 0.25), (1, 1, 0.0)]
 )
