@@ -21,7 +21,10 @@ H chunk, A action, C channels of the head, K flow steps, F what the critic sees.
 
 import dataclasses
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import gymnasium
@@ -33,7 +36,7 @@ from torch.nn import functional as F
 import demos
 import train_offline
 import train_online
-from arms.adapters import pretrained
+from arms.adapters import pretrained, tuning
 from arms.adapters.backbone import (
     INSTRUCTIONS,
     fingerprint,
@@ -42,8 +45,8 @@ from arms.adapters.backbone import (
 )
 from demos.views import Seeing, View, see_demonstrations
 from flow_policy import FlowPolicy
-from logbook import UserError, cli, usable_device, user_errors
-from logbook.options import Width
+from logbook import UserError, cli, load_checkpoint, usable_device, user_errors
+from logbook.options import Width, parse
 
 # ---- the trainable head --------------------------------------------------------------------------
 
@@ -283,6 +286,7 @@ class Args(train_online.Args):
 
     task: str = "lift"  # lift, can or square
     preset: Literal["cpu", "paper"] = "cpu"  # paper: Table V, needs --backbone; cpu: minutes
+    policy: str | None = None  # lerobot:DIR: tune the head of this pi0.5 or SmolVLA instead
     backbone: str = "auto"  # folder of a SmolVLM or PaliGemma, mobilenet-minilm or tiny (random)
     instruction: str | None = None  # what the backbone is told; default: the task's own
     view: Literal["auto", "rendered", "drawn"] = "auto"  # pictures by OpenGL or by software
@@ -296,6 +300,7 @@ class Args(train_online.Args):
     cloning_settings: ClassVar[tuple[str, ...]] = (
         "data",
         "demo_episodes",
+        "policy",
         "backbone",
         "instruction",
         "view",
@@ -389,14 +394,18 @@ class SeenSimulation(train_offline.Simulation):
         args.backbone = resolve_backbone(args.backbone)
         refuse_contradictions(args)
         text = args.instruction or INSTRUCTIONS.get(args.task, args.task)
-        device = usable_device(args.device, mps=False)
-        self.backbone = open_backbone(args.backbone, text, VIEWS, device, self.others)
+        self.backbone = self.open(text, usable_device(args.device, mps=False))
         size = min(self.backbone.size, LARGEST_PICTURE)
         with user_errors():
             self.view = View(args.view, args.task, size=size, env_args=self.recorded_world)
         args.view = self.view.kind  # a resumed run sees the same pictures
-        self.obs_dim = PROPRIOCEPTION + self.backbone.length * self.backbone.width
-        print(f"'{text}', {VIEWS} views {args.view}, backbone {args.backbone}", flush=True)
+        self.obs_dim = PROPRIOCEPTION + self.backbone.features
+        seen_by = args.policy or args.backbone
+        print(f"'{text}', {VIEWS} views {args.view}, seen by {seen_by}", flush=True)
+
+    def open(self, text: str, device: torch.device) -> Any:
+        """Load what looks at the pictures."""
+        return open_backbone(self.args.backbone, text, VIEWS, device, self.others)
 
     def demonstrations(self) -> dict[str, np.ndarray]:
         """Read the demonstrations as train_offline does; every recorded state is seen once."""
@@ -408,8 +417,7 @@ class SeenSimulation(train_offline.Simulation):
             data = see_demonstrations(
                 self.view, path, args.demo_episodes, self.backbone.observe, PROPRIOCEPTION
             )
-        rows = len(data["obs"]) + args.capacity
-        print(f"replay: {rows} transitions, {8 * self.obs_dim * rows / 1e6:.0f} MB", flush=True)
+        announce_replay(len(data["obs"]) + args.capacity, self.obs_dim)
         return data
 
     def make_policy(self, device: torch.device, data: dict | None = None) -> VLAFlowHead:
@@ -446,9 +454,77 @@ class SeenSimulation(train_offline.Simulation):
         return {"backbone_and_instruction": fingerprint(self.backbone)}
 
 
+def announce_replay(rows: int, obs_dim: int) -> None:
+    """Print the size of a replay. UserError where this machine's memory cannot hold it."""
+    size = 8 * obs_dim * rows  # each transition holds two observations
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    print(f"replay: {rows} transitions, {size / 1e6:.0f} MB", flush=True)
+    if size > memory:
+        raise UserError(
+            f"the replay needs {size / 1e9:.0f} GB and this machine has {memory / 1e9:.0f} GB: "
+            "lower --capacity, or take a --backbone with fewer tokens"
+        )
+
+
+class TunedSimulation(SeenSimulation):
+    """The same for a LeRobot checkpoint, whose own head is tuned; its actions are normalised."""
+
+    stage_one = "vla-tuned-bc"
+    method = "vla-tuned"
+
+    def open(self, text: str, device: torch.device) -> Any:
+        """Load the checkpoint."""
+        folder = self.args.policy.removeprefix("lerobot:")
+        sizes = (VIEWS, PROPRIOCEPTION, self.action_dim, self.args.horizon)
+        return tuning.Checkpoint(folder, text, *sizes, device)
+
+    def demonstrations(self) -> dict[str, np.ndarray]:
+        """Read the demonstrations with actions as the checkpoint normalises them."""
+        data = super().demonstrations()
+        actions = self.backbone.normalise(torch.as_tensor(data["action"]))
+        return data | {"action": actions.numpy()}
+
+    def make_policy(self, device: torch.device, data: dict | None = None) -> nn.Module:
+        """Return the checkpoint's policy; its critic's view is standardised by the data."""
+        if data is not None:
+            self.backbone.fit(torch.as_tensor(data["obs"]))
+        return self.backbone.policy
+
+    def make_env(self, render_mode: str | None = None) -> gymnasium.Env:
+        return Unnormalising(super().make_env(render_mode), self.backbone.unnormalise)
+
+    def make_eval_env(self, render_mode: str | None = None) -> gymnasium.Env:
+        return Unnormalising(super().make_eval_env(render_mode), self.backbone.unnormalise)
+
+    def identity(self) -> dict[str, Any]:
+        return {"checkpoint_and_instruction": self.backbone.fingerprint()}
+
+
+class Unnormalising(gymnasium.Wrapper):
+    """Take normalised actions, as a LeRobot policy makes them."""
+
+    def __init__(self, env: gymnasium.Env, unnormalise: Callable[[Tensor], Tensor]):
+        super().__init__(env)
+        self.unnormalise = unnormalise
+
+    def step(self, action: np.ndarray):
+        action = self.unnormalise(torch.as_tensor(action, dtype=torch.float32)[None])
+        return self.env.step(action[0].numpy())
+
+
+def simulation_of(args: Args) -> SeenSimulation:
+    """Build the simulation that --policy or --backbone asks for."""
+    if args.policy is None:
+        return SeenSimulation(args)
+    return TunedSimulation(args)
+
+
 def refuse_contradictions(args: Args) -> None:
     """Refuse what could only fail later."""
-    if args.preset == "paper" and args.backbone in ("tiny", pretrained.NAME):
+    if args.policy is not None and not args.policy.startswith("lerobot:"):
+        raise UserError(f"--policy is lerobot:DIR, got {args.policy}")
+    small = args.backbone in ("tiny", pretrained.NAME)
+    if args.preset == "paper" and small and args.policy is None:
         raise UserError(
             "--preset paper needs --backbone DIR, a SmolVLM or PaliGemma in from_pretrained's "
             "format; --preset cpu does with a small one"
@@ -464,7 +540,21 @@ def refuse_contradictions(args: Args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run stage I if needed, then POCO; or resume or evaluate a run."""
-    train_online.main(argv, Args, train_online.POCO, SeenSimulation)
+    train_online.main(argv, Args, train_online.POCO, simulation_of)
+    args = parse(Args, argv)
+    if args.policy is not None and not args.eval:
+        export(args)
+
+
+def export(args: Args) -> None:
+    """Write the tuned head back into a folder that LeRobot loads, if the run is complete."""
+    name = f"runs/{args.task}-{TunedSimulation.method}-s{args.seed}"
+    folder = Path(args.resume or args.run_dir or name)
+    if not (folder / "last.pt").is_file():  # stage I was interrupted
+        return
+    state = load_checkpoint(folder)
+    checkpoint = TunedSimulation(args).backbone
+    print(checkpoint.export(folder / "lerobot", state["agent"]["actor"]))
 
 
 if __name__ == "__main__":

@@ -64,11 +64,40 @@ class Prefix:
         return Prefix(parts, cache)
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """How a flat observation row is laid out: proprioception (P), then pictures as 0 ... 255."""
+
+    cameras: tuple[str, ...]  # the checkpoint's names of our V views
+    size: int  # S
+    instruction: str
+
+    @property
+    def features(self) -> int:
+        """The numbers of a row beside the proprioception, V * S * S * 3."""
+        return len(self.cameras) * self.size**2 * 3
+
+    def observe(self, images: Tensor, state: Tensor) -> Tensor:
+        """Flatten images (B, V, S, S, 3) uint8 beside the proprioception (B, P)."""
+        return torch.cat([state, images.flatten(1).to(state.dtype)], dim=1)
+
+    def unpack(self, obs: Tensor) -> dict[str, Any]:
+        """Return LeRobot's raw observation of flat rows (B, P + V * S * S * 3)."""
+        shape = (len(self.cameras), self.size, self.size, 3)
+        images = obs[:, -self.features :].unflatten(1, shape)
+        images = images.permute(1, 0, 4, 2, 3) / 255  # (V, B, 3, S, S)
+        observation = dict(zip(self.cameras, images))
+        observation["observation.state"] = obs[:, : -self.features]
+        observation["task"] = [self.instruction] * len(obs)
+        return observation
+
+
 class Adapter(FlowPolicy):
     """A library's policy as a FlowPolicy.
 
     A subclass names the trained modules in `head`, says whether the library's time runs backwards,
-    and defines `encode` and `_field`.
+    and defines `encode_batch` and `_field`.
+    pictures: how flat observations are laid out, where `encode` is given those.
     group: how many candidates' prefixes are expanded at a time; that many prefixes must fit in
     memory. limit: where samples are clipped, 1 for actions normalised by quantiles or extremes,
     more for mean and deviation. critic_dim: F.
@@ -102,6 +131,7 @@ class Adapter(FlowPolicy):
         self.limit = limit
         self.group = group
         self.processors = processors
+        self.pictures: Pictures | None = None
         self.register_buffer("pooled_mean", torch.zeros(critic_dim))
         self.register_buffer("pooled_std", torch.ones(critic_dim))
         model.requires_grad_(False)
@@ -185,6 +215,19 @@ class Adapter(FlowPolicy):
         """Standardise by these rows of parts["pooled"], usually the demonstrations' (rows, F)."""
         self.pooled_mean.copy_(pooled.mean(0))
         self.pooled_std.copy_(pooled.std(0).clamp(min=1e-3))
+
+    def encode(self, obs: dict | Tensor) -> Prefix:
+        """Run the frozen model once per state.
+
+        obs: the library's processed batch, or flat rows (B, D) as `pictures` lays them out.
+        """
+        if isinstance(obs, Tensor):
+            obs = self.batch(self.pictures.unpack(obs))
+        return self.encode_batch(obs)
+
+    def encode_batch(self, batch: dict) -> Prefix:
+        """Run the frozen model on the library's processed batch."""
+        raise NotImplementedError
 
     def _field(self, prefix: Prefix, x: Tensor, t: Tensor) -> Tensor:
         """The library's velocity at its own time: x (R, H, W), t (R,), prefix of R rows."""
@@ -270,28 +313,45 @@ class Adapter(FlowPolicy):
 
     @classmethod
     def _load(
-        cls, library_class: Any, folder: str | Path, action_dim: int, horizon: int | None, **changes
+        cls,
+        library_class: Any,
+        folder: str | Path,
+        action_dim: int,
+        horizon: int | None,
+        device: str | torch.device,
+        tokenizer: str | None,
+        changes: dict[str, Any],
     ) -> "Adapter":
         """Load a LeRobot folder with these changes to its configuration."""
         from lerobot.configs import PreTrainedConfig
-        from lerobot.policies.factory import make_pre_post_processors
 
         folder = Path(folder)
         if not (folder / "model.safetensors").is_file():
-            raise UserError(
-                f"{folder} has no model.safetensors; download the policy's folder first"
-            )
+            raise UserError(f"{folder} has no model.safetensors; download the policy first")
         config = PreTrainedConfig.from_pretrained(folder, local_files_only=True)
+        config.device = str(device)
         if horizon is not None:  # no weight has the chunk's shape
-            changes |= {"chunk_size": horizon, "n_action_steps": horizon}
+            changes = changes | {"chunk_size": horizon, "n_action_steps": horizon}
         for name, value in changes.items():
             setattr(config, name, value)
         library = library_class.from_pretrained(folder, config=config, local_files_only=True)
         verify_weights(library, folder)
-        processors = (None, None)
-        if (folder / "policy_preprocessor.json").is_file():
-            processors = make_pre_post_processors(config, pretrained_path=str(folder))
-        return cls(library, action_dim, processors=processors)
+        processors = load_processors(config, folder, tokenizer)
+        return cls(library, action_dim, processors=processors).to(device)
+
+
+def load_processors(config: Any, folder: Path, tokenizer: str | None) -> tuple:
+    """Load LeRobot's pre- and postprocessor from the folder; (None, None) where it has none."""
+    from lerobot.policies.factory import make_pre_post_processors
+
+    if not (folder / "policy_preprocessor.json").is_file():
+        return (None, None)
+    changes = {"device_processor": {"device": config.device}}
+    if tokenizer is not None:
+        changes["tokenizer_processor"] = {"tokenizer_name": tokenizer}
+    return make_pre_post_processors(
+        config, pretrained_path=str(folder), preprocessor_overrides=changes
+    )
 
 
 def action_limit(config: Any) -> float:

@@ -81,6 +81,11 @@ class Backbone:
         self.mask = pad_sequence([torch.ones_like(one) for one in prompts], batch_first=True)
         self.length = self.prompt.shape[1]
 
+    @property
+    def features(self) -> int:
+        """The numbers of an observation beside the proprioception, L * W."""
+        return self.length * self.width
+
     @classmethod
     def load(
         cls,

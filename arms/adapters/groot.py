@@ -59,7 +59,7 @@ class Groot(Adapter):
         """Return the constructor's arguments beside the action head."""
         return super().sizes() | {"horizon": self.horizon}
 
-    def encode(self, batch: dict) -> Prefix:
+    def encode_batch(self, batch: dict) -> Prefix:
         """Keep the backbone's output, once per state.
 
         batch: backbone_features (B, L, D), backbone_attention_mask and image_mask (B, L), state

@@ -48,18 +48,26 @@ class Pi05(Adapter):
         )
 
     @classmethod
-    def load(cls, folder: str | Path, action_dim: int, horizon: int | None = None) -> "Pi05":
-        """Load a local LeRobot folder. horizon: chunk length, the checkpoint's own by default.
+    def load(
+        cls,
+        folder: str | Path,
+        action_dim: int,
+        horizon: int | None = None,
+        device: str | torch.device = "cpu",
+        tokenizer: str | None = None,
+    ) -> "Pi05":
+        """Load a local LeRobot folder.
 
+        horizon: chunk length, and tokenizer: its name or folder; the checkpoint's own by default.
         Raises UserError where weights did not load.
         """
         from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 
         changes = {"train_expert_only": True, "compile_model": False}
-        return cls._load(PI05Policy, folder, action_dim, horizon, **changes)
+        return cls._load(PI05Policy, folder, action_dim, horizon, device, tokenizer, changes)
 
     @torch.no_grad()
-    def encode(self, batch: dict) -> Prefix:
+    def encode_batch(self, batch: dict) -> Prefix:
         """Run the frozen model once per state.
 
         batch: LeRobot's processed batch, with images in [0, 1], tokens and their mask, and state.

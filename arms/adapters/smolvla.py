@@ -49,18 +49,26 @@ class SmolVLA(Adapter):
         )
 
     @classmethod
-    def load(cls, folder: str | Path, action_dim: int, horizon: int | None = None) -> "SmolVLA":
-        """Load a local LeRobot folder. horizon: chunk length, the checkpoint's own by default.
+    def load(
+        cls,
+        folder: str | Path,
+        action_dim: int,
+        horizon: int | None = None,
+        device: str | torch.device = "cpu",
+        tokenizer: str | None = None,
+    ) -> "SmolVLA":
+        """Load a local LeRobot folder.
 
+        horizon: chunk length, and tokenizer: its name or folder; the checkpoint's own by default.
         Raises UserError where weights did not load.
         """
         from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
         changes = {"train_state_proj": False, "load_vlm_weights": False}
-        return cls._load(SmolVLAPolicy, folder, action_dim, horizon, **changes)
+        return cls._load(SmolVLAPolicy, folder, action_dim, horizon, device, tokenizer, changes)
 
     @torch.no_grad()
-    def encode(self, batch: dict) -> Prefix:
+    def encode_batch(self, batch: dict) -> Prefix:
         """Run the frozen model once per state.
 
         batch: LeRobot's processed batch, with images in [0, 1], tokens and their mask, and state.

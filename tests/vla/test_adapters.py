@@ -5,13 +5,23 @@
 The last line of the output says which of the three ran (tests/conftest.py).
 """
 
-import contextlib
 import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lerobot_here import importable, reason
+from tiny_lerobot import ACTIONS as A
+from tiny_lerobot import HORIZON as H
+from tiny_lerobot import (
+    MASK,
+    TOKENS,
+    batch,
+    pi05_policy,
+    randomise,
+    smolvla_policy,
+    tiny_pi05,
+)
 from torch.testing import assert_close
 
 import poco
@@ -20,11 +30,7 @@ from logbook import Clock, UserError
 from replay import Batch
 
 pytestmark = pytest.mark.skipif(reason() is not None, reason=f"adapters: {reason()}")
-B, N, H, A = 2, 3, 4, 5
-IMAGE = "observation.images.top"
-STATE = "observation.state"
-TOKENS = "observation.language.tokens"
-MASK = "observation.language.attention_mask"
+B, N = 2, 3
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,107 +39,13 @@ def lerobot():
         yield
 
 
-# ---- tiny builds ---------------------------------------------------------------------------------
-
-
-def features():
-    from lerobot.configs import FeatureType, PolicyFeature
-
-    inputs = {
-        IMAGE: PolicyFeature(type=FeatureType.VISUAL, shape=(3, 32, 32)),
-        STATE: PolicyFeature(type=FeatureType.STATE, shape=(6,)),
-    }
-    return inputs, {"action": PolicyFeature(type=FeatureType.ACTION, shape=(A,))}
-
-
-def batch(rows=B, vocabulary=100, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    mask = torch.ones(rows, 7, dtype=torch.bool)
-    mask[0, 5:] = False  # prompts of different lengths
-    return {
-        IMAGE: torch.rand(rows, 3, 32, 32, generator=g),
-        STATE: torch.randn(rows, 6, generator=g),
-        TOKENS: torch.randint(1, vocabulary, (rows, 7), generator=g),
-        MASK: mask,
-    }
-
-
-def randomise(module, std=0.1):
-    """Perturb all weights: adaRMS layers start at zero and would hardly see the context."""
-    g = torch.Generator().manual_seed(2)
-    for parameter in module.parameters():
-        parameter.data += std * torch.randn(parameter.shape, generator=g)
-
-
-@contextlib.contextmanager
-def tiny_pi05():
-    """The library with small sizes in place of its literals."""
-    import lerobot.policies.pi05.modeling_pi05 as lib
-
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-        "vocab_size": 128,
-    }
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 16,
-        "projection_dim": 32,
-    }
-    small = copy.copy(lib.get_gemma_config("gemma_300m"))
-    small.width = 32
-    small.depth = 2
-    small.mlp_dim = 64
-    small.head_dim = 8
-    vlm = lib.PaliGemmaForConditionalGenerationWithPiGemma
-    expert = lib.PiGemmaForCausalLM
-
-    def small_vlm(config):
-        for name, value in sizes.items():
-            setattr(config.text_config, name, value)
-        for name, value in vision.items():
-            setattr(config.vision_config, name, value)
-        config.projection_dim = 32
-        config.hidden_size = 32
-        config._vocab_size = 128
-        config.image_token_index = 127
-        config.image_token_id = 127
-        return vlm(config)
-
-    def small_expert(config):
-        config.vocab_size = 128
-        return expert(config)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lib, "get_gemma_config", lambda variant: small)
-        patch.setattr(lib, "PaliGemmaForConditionalGenerationWithPiGemma", small_vlm)
-        patch.setattr(lib, "PiGemmaForCausalLM", small_expert)
-        yield lib
+# ---- an adapter, and its library's own sampler ---------------------------------------------------
 
 
 def build_pi05():
     from arms.adapters.pi05 import Pi05
 
-    with tiny_pi05() as lib:
-        inputs, outputs = features()
-        config = lib.PI05Config(
-            chunk_size=H,
-            n_action_steps=H,
-            num_inference_steps=5,
-            image_resolution=(32, 32),
-            input_features=inputs,
-            output_features=outputs,
-            device="cpu",
-            train_expert_only=True,
-        )
-        library = lib.PI05Policy(config).eval()
-    randomise(library.model)
+    library = pi05_policy()
 
     def reference(data, noise):
         images = library._preprocess_images(data)
@@ -142,76 +54,10 @@ def build_pi05():
     return Pi05(library, A, group=2), reference
 
 
-def tiny_tokenizer(folder):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    special = {
-        "fake_image_token": "<f>",
-        "image_token": "<i>",
-        "end_of_utterance_token": "<e>",
-        "global_image_token": "<g>",
-    }
-    words = {word: index for index, word in enumerate(["[UNK]", *special.values()])}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")),
-        unk_token="[UNK]",
-        pad_token="[UNK]",
-        extra_special_tokens=special,
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
 def build_smolvla(folder):
-    import lerobot.policies.smolvla.modeling_smolvla as lib
-    import lerobot.policies.smolvla.smolvlm_with_expert as parts
-    from transformers import SmolVLMConfig
-
     from arms.adapters.smolvla import SmolVLA
 
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-    text = {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 128,
-        "pad_token_id": 0,
-    }
-    SmolVLMConfig(
-        vision_config=vision, text_config=text, image_token_id=127, scale_factor=2, pad_token_id=0
-    ).save_pretrained(folder)
-    processor = SimpleNamespace(tokenizer=tiny_tokenizer(folder))  # the library reads no more of it
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
-        inputs, outputs = features()
-        config = lib.SmolVLAConfig(
-            vlm_model_name=str(folder),
-            load_vlm_weights=False,
-            num_vlm_layers=4,
-            train_state_proj=False,
-            chunk_size=H,
-            n_action_steps=H,
-            num_steps=5,
-            resize_imgs_with_padding=(32, 32),
-            input_features=inputs,
-            output_features=outputs,
-            device="cpu",
-        )
-        library = lib.SmolVLAPolicy(config).float().eval()
-    randomise(library.model, 0.05)
+    library = smolvla_policy(folder)
 
     def reference(data, noise):
         images = library.prepare_images(data)

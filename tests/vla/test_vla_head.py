@@ -407,6 +407,13 @@ def test_a_resumed_run_keeps_what_its_replay_was_made_with(tmp_path, flags):
         parse(f"--eval {tmp_path} --task can")
 
 
+def test_a_replay_that_memory_cannot_hold_is_refused(capsys):
+    vla_head.announce_replay(5000, 3000)
+    assert "replay: 5000 transitions, 120 MB" in capsys.readouterr().out
+    with pytest.raises(UserError, match="needs 8000000 GB .* lower --capacity"):
+        vla_head.announce_replay(10**9, 10**6)
+
+
 # ---- a whole run ---------------------------------------------------------------------------------
 
 TOY = (
