@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logbook import UserError
-from logbook.checkpoints import load_tensors, replacing
+from logbook import UserError, load_tensors, replacing
 
 FEATURES = 512  # per view
 WIDTHS = (64, 128, 256, 512)
