@@ -19,8 +19,19 @@ import envs
 from demos import download, hdf5, minari_data, npz, ogbench, scripted
 from demos.columns import DataError, existing
 from demos.hdf5 import save
+from demos.ranges import refuse_implausible
 
-__all__ = ["DataError", "collect", "env_args", "fingerprint", "load", "made", "obtain", "save"]
+__all__ = [
+    "DataError",
+    "collect",
+    "env_args",
+    "fingerprint",
+    "load",
+    "made",
+    "obtain",
+    "refuse_implausible",
+    "save",
+]
 
 FIELDS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
 
@@ -53,6 +64,13 @@ def obtain(
     looks for the public file, then downloads it, then makes `episodes` of its own.
     """
     task = envs.get_task(task)
+    if task.suite == "gymnasium":
+        if data is None:
+            raise DataError(
+                f"nothing here makes demonstrations of {task.name}: give yours with --data FILE "
+                "(npz, robomimic HDF5 or minari:ID), or begin without: --demo-episodes 0"
+            )
+        return Path(data).expanduser()
     directed = preset == "cpu" and task.cpu.get("directed", False)
     own = made(task, episodes, seed, directed)
     if data is not None and (Path(data) != own or own.is_file()):
@@ -109,8 +127,9 @@ def load(
     if minari_data.is_minari(path):
         if task is None:
             raise DataError(f"{path}: a Minari data set does not name its task; give it")
-        data = minari_data.load(str(path), envs.get_task(task), episodes, clip_actions)
-        warn_of_no_success(path, data)
+        task = envs.get_task(task)
+        data = minari_data.load(str(path), task, episodes, clip_actions)
+        warn_of_no_success(path, task, data)
         return data
     path = existing(path, task)
     if is_npz(path, task):
@@ -121,7 +140,8 @@ def load(
         data = npz.load(path, task, episodes, clip_actions)
     else:
         data = hdf5.load(path, task, episodes, obs_keys, filter_key, clip_actions)
-    warn_of_no_success(path, data)
+        say_filters(path, filter_key)
+    warn_of_no_success(path, task, data)
     return data
 
 
@@ -150,14 +170,39 @@ def is_npz(path: Path, task: str | envs.Task | None = None) -> bool:
     return path.suffix == ".npz" or (task is not None and envs.get_task(task).suite == "ogbench")
 
 
-def warn_of_no_success(path: Path, data: dict[str, np.ndarray]) -> None:
+def say_filters(path: Path, used: str | None) -> None:
+    """Print which filter of an HDF5 file is used, or which could be."""
+    with hdf5.opened(path) as file:
+        every = len(hdf5.names(file))
+        counts = {name: len(members) for name, members in hdf5.filters(file).items()}
+    if used is not None:
+        print(
+            f"data: {path}, filter '{used}': {counts[used]} of {every} demonstrations", flush=True
+        )
+        return
+    offered = [f"{name} ({count})" for name, count in counts.items() if count < every]
+    if offered:
+        print(
+            f"data: {path}, all {every} demonstrations; --filter-key takes those of "
+            f"{', '.join(offered)}",
+            flush=True,
+        )
+
+
+def warn_of_no_success(
+    path: str | Path, task: str | envs.Task | None, data: dict[str, np.ndarray]
+) -> None:
     """Print a warning if no step of the data stands out: then nothing says what is wanted."""
     rewards = data["reward"]
     if data["terminated"].any() or rewards.min() != rewards.max():
         return
+    hint = ""
+    if task is not None:
+        name = shlex.quote(envs.get_task(task).name)
+        file = shlex.quote(str(path))
+        hint = f". Look at it: python -m demos --check --task {name} --data {file}"
     print(
-        f"data: WARNING, no demonstration in {path} succeeds: every reward is {rewards[0]:g}. "
-        f"Look at it: python -m demos --check --task TASK --data {shlex.quote(str(path))}",
+        f"data: WARNING, no demonstration in {path} succeeds: every reward is {rewards[0]:g}{hint}",
         flush=True,
     )
 

@@ -33,6 +33,8 @@ class Args:
     directed: bool = False  # OGBench's tasks: demonstrations of the task instead of play
     check: bool = False  # check a file instead
     data: str | None = None  # the file to check; default: the public one, or the newest in data/
+    obs_keys: tuple[str, ...] = ()  # observations of an HDF5 file, in this order
+    filter_key: str | None = None  # check the demonstrations of this mask of an HDF5 file
     from_run: str | None = None  # write the episodes that this run played
 
 
@@ -58,8 +60,8 @@ def check_file(args: Args) -> None:
         raise UserError("say which task the file is of: --check --task TASK --data FILE")
     path = args.data or newest(args.task)
     episodes = 5 if args.episodes is None else args.episodes
-    report = check(args.task, path, episodes)
-    print(describe(args.task, path))
+    report = check(args.task, path, episodes, args.obs_keys, args.filter_key)
+    print(describe(args.task, path, args.obs_keys, args.filter_key))
     if report.steps:
         print(f"{report}. File and simulator agree.")
     else:

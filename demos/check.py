@@ -12,8 +12,10 @@ Not here: what any reader checks (columns.py).
 Shapes: T steps of a demonstration, D observation.
 """
 
-import json
+import contextlib
+import io
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +26,7 @@ import numpy as np
 import demos
 import envs
 from demos import download, hdf5, minari_data, npz
-from demos.columns import DataError, existing, reading
+from demos.columns import DataError, existing, make_command, reading
 from demos.ranges import refuse_implausible, starts
 from simulators.ogbench_env import met
 
@@ -65,8 +67,14 @@ class Report:
 # ---- what is asked
 
 
-def check(task: str | envs.Task, path: str | Path, episodes: int = 5) -> Report:
-    """Replay the first `episodes` demonstrations.
+def check(
+    task: str | envs.Task,
+    path: str | Path,
+    episodes: int = 5,
+    obs_keys: Sequence[str] | None = None,
+    filter_key: str | None = None,
+) -> Report:
+    """Replay the first `episodes` demonstrations. obs_keys and filter_key are demos.load's.
 
     Raises ValueError if the file is bad, another simulator's, or disagrees; the message says what
     to install. The report has 0 steps if the file holds nothing to replay from.
@@ -75,12 +83,12 @@ def check(task: str | envs.Task, path: str | Path, episodes: int = 5) -> Report:
     if episodes < 1:
         raise ValueError(f"need at least one demonstration to replay, got {episodes}")
     path = located(path, task)
-    data = demos.load(path, task, clip_actions=True)  # bad files are refused in one sentence
-    # another robosuite is refused here
+    # a bad file is refused here in one sentence, another robosuite in the next line
+    data = demos.load(path, task, None, obs_keys, filter_key, clip_actions=True)
     env = envs.make_env(task, env_args=demos.env_args(path, task))
     try:
         refuse_implausible(path, data, env)
-        return replay(path, task, data, env, episodes)
+        return replay(path, task, data, env, episodes, filter_key)
     finally:
         env.close()
 
@@ -91,26 +99,37 @@ def located(path: str | Path, task: envs.Task) -> str | Path:
 
 
 def replay(
-    path: str | Path, task: envs.Task, data: dict, env: gymnasium.Env, episodes: int
+    path: str | Path,
+    task: envs.Task,
+    data: dict,
+    env: gymnasium.Env,
+    episodes: int,
+    filter_key: str | None,
 ) -> Report:
     """Replay a file from its states if it has some, else from its seeds, else not at all."""
     if not minari_data.is_minari(path):
         is_npz = demos.is_npz(path, task)
         if task.suite == "robosuite" and not is_npz:
-            return check_states(path, env, episodes)
+            return check_states(path, env, episodes, filter_key)
         if task.suite == "ogbench" and is_npz and "qpos" in members(path):
             return check_play(path, env, episodes)
-    seeds = recorded_seeds(path, task)
-    if seeds is None:
+    seeds = recorded_seeds(path, task, filter_key)
+    if seeds is None or len(seeds) == 0:
         return Report()
     return check_seeds(path, data, env, seeds, episodes)
 
 
-def describe(task: str | envs.Task, path: str | Path) -> str:
+def describe(
+    task: str | envs.Task,
+    path: str | Path,
+    obs_keys: Sequence[str] | None = None,
+    filter_key: str | None = None,
+) -> str:
     """Say in a few lines what was understood of a file."""
     task = envs.get_task(task)
     path = located(path, task)
-    data = demos.load(path, task, clip_actions=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # check() has printed what load() says
+        data = demos.load(path, task, None, obs_keys, filter_key, clip_actions=True)
     first = starts(data)
     lengths = np.diff(np.append(first, len(data["obs"])))
     terminal = int(data["terminated"].sum())
@@ -129,7 +148,8 @@ def describe(task: str | envs.Task, path: str | Path) -> str:
         counts = [f"{name} ({len(members)})" for name, members in lists.items()]
         lines.append(f"filters: {', '.join(counts) or 'none'}")
     try:
-        demos.load(path, task)
+        with contextlib.redirect_stdout(io.StringIO()):
+            demos.load(path, task, None, obs_keys, filter_key)
     except DataError as error:
         lines.append(f"training refuses it: {error}")
     return "\n".join(lines)
@@ -142,6 +162,8 @@ def spread_of(array: np.ndarray) -> str:
 def newest(task: str | envs.Task) -> Path:
     """Return the file to check if none is named: the public one, else the newest made here."""
     task = envs.get_task(task)
+    if task.suite not in ("robosuite", "ogbench"):
+        raise DataError(f"name a file of {task.name} with --data FILE")
     here = sorted(
         Path("data").glob(f"{task.name}-*-s*.*"),
         key=lambda path: path.stat().st_mtime,
@@ -151,20 +173,21 @@ def newest(task: str | envs.Task) -> Path:
     for path in (*places, *here):
         if path.is_file():
             return path
+    command = make_command(task.name, demos.made(task, 20, 0))
     raise FileNotFoundError(
         f"no demonstrations of {task.name} found in {places[0].parent} or data/: name a file with "
-        f"--data, or make one: python -m demos --task {task.name} --out FILE"
+        f"--data, or make one: {command}"
     )
 
 
 # ---- robosuite, whose files hold states
 
 
-def check_states(path: Path, env: gymnasium.Env, episodes: int) -> Report:
+def check_states(path: Path, env: gymnasium.Env, episodes: int, filter_key: str | None) -> Report:
     """Put every recorded state into the simulator, and act from there."""
     report = Report()
     with hdf5.opened(path) as file:
-        for name in hdf5.names(file)[:episodes]:
+        for name in hdf5.chosen(path, file, filter_key)[:episodes]:
             group = file["data"][name]
             refuse_states(f"{path}: data/{name}", group, env)
             compare_observations(env, group, name, report)
@@ -284,11 +307,10 @@ def errors(
 def versions(path: Path) -> str:
     """Put the file's simulator beside the installed one, with the command that makes them equal."""
     with hdf5.opened(path) as file:
-        attributes = dict(file["data"].attrs)
-    wanted = {
-        "robosuite": json.loads(attributes["env_args"]).get("env_version"),
-        "mujoco": attributes.get("mujoco_version"),
-    }
+        wanted = {
+            "robosuite": hdf5.described_world(path, file["data"]).get("env_version"),
+            "mujoco": hdf5.attribute(file["data"], "mujoco_version"),
+        }
     differ = {name: one for name, one in wanted.items() if one and str(one) != version(name)}
     if not differ:
         return (
@@ -380,14 +402,17 @@ def compare_trajectory(env, file: dict, rows: range, name: str, report: Report) 
 # ---- files that hold the seeds of their episodes
 
 
-def recorded_seeds(path: str | Path, task: envs.Task) -> np.ndarray | None:
+def recorded_seeds(path: str | Path, task: envs.Task, filter_key: str | None) -> np.ndarray | None:
     """Return the reset seed of each episode, None where the file does not know them all."""
     if minari_data.is_minari(path):
         return minari_data.seeds(str(path))
     if demos.is_npz(path, task):
         return npz.read_column(path, "seeds", None) if "seeds" in members(path) else None
     with hdf5.opened(path) as file:
-        found = [file["data"][name].attrs.get("seed") for name in hdf5.names(file)]
+        found = [
+            hdf5.attribute(file["data"][name], "seed")
+            for name in hdf5.chosen(path, file, filter_key)
+        ]
     return None if None in found else np.array(found)
 
 

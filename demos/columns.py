@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import Task
+from envs import TASKS, Task
+from simulators.gym_env import from_unit
 
 ROUNDING = 1e-3  # an action may exceed its limits by this much
 SMALL = 64 << 20  # bytes that any file may unpack to
@@ -44,10 +45,15 @@ def existing(path: str | Path, task: str | Task | None = None) -> Path:
         inside = f", for instance {path / files[0]}" if files else ""
         raise DataError(f"{path} is a folder: name a file in it{inside}")
     if not path.is_file():
-        name = getattr(task, "name", task) or "lift"
-        command = f"python -m demos --task {name} --out {shlex.quote(str(path))}"
-        raise FileNotFoundError(f"no demonstrations at {path}; make some: {command}")
+        name = task.name if isinstance(task, Task) else task
+        hint = f"; make some: {make_command(name, path)}" if name in TASKS else ""
+        raise FileNotFoundError(f"no demonstrations at {path}{hint}")
     return path
+
+
+def make_command(task: str, path: str | Path) -> str:
+    """Return the command that makes demonstrations of a task of the table."""
+    return f"python -m demos --task {task} --out {shlex.quote(str(path))}"
 
 
 @contextlib.contextmanager
@@ -90,15 +96,20 @@ class Allowance:
 
     def take(self, where: str, shape: tuple[int, ...], itemsize: int) -> None:
         """Claim an array of this shape. Raises DataError beyond the allowance."""
+        self.check(where, shape, itemsize)
         self.used += math.prod(shape) * max(itemsize, 4)  # numbers become float32
-        if self.used > self.limit:
+
+    def check(self, where: str, shape: tuple[int, ...], itemsize: int) -> None:
+        """Raise DataError if an array of this shape would go beyond the allowance."""
+        needed = self.used + math.prod(shape) * max(itemsize, 4)
+        if needed > self.limit:
             raise DataError(
-                f"{where} claims {shape}, {self.used / 1e6:,.0f} MB in all, more than a file of "
+                f"{where} claims {shape}, {needed / 1e6:,.0f} MB in all, more than a file of "
                 f"{self.size / 1e3:,.0f} kB can hold: it is damaged"
             )
-        if self.used > self.free:
+        if needed > self.free:
             raise DataError(
-                f"{self.path} needs more than {self.used / 1e9:.1f} GB of memory, "
+                f"{self.path} needs more than {needed / 1e9:.1f} GB of memory, "
                 f"{self.free / 1e9:.1f} GB are free: take fewer demonstrations (--demo-episodes)"
             )
 
@@ -157,25 +168,16 @@ def within_limits(where: str, actions: np.ndarray, clip: bool = False) -> np.nda
                 f"{where}: {share}, up to {most:.3g}; the environment would not execute them so: "
                 "scale them to [-1, 1], or have them cut with --clip-actions"
             )
-    return np.clip(actions, -1.0, 1.0)
-
-
-def unit_range(actions: np.ndarray, task: Task) -> np.ndarray:
-    """Scale an environment's own actions (N, A), as files hold them, to [-1, 1]."""
-    if task.suite != "gymnasium":
-        return actions  # they are in [-1, 1] already
-    low = np.array(task.action_low, np.float32)
-    high = np.array(task.action_high, np.float32)
-    return 2.0 * (actions - low) / (high - low) - 1.0
+    return np.clip(actions, -1.0, 1.0).astype(np.float32)
 
 
 def environment_units(actions: np.ndarray, task: Task) -> np.ndarray:
-    """Scale actions (N, A) in [-1, 1] to the environment's own range."""
-    if task.suite != "gymnasium":
+    """Turn actions (N, A) in [-1, 1] into the environment's own units, as files hold them."""
+    if not task.action_low:
         return actions
-    low = np.array(task.action_low, np.float32)
-    high = np.array(task.action_high, np.float32)
-    return low + (actions + 1.0) / 2.0 * (high - low)
+    low = np.array(task.action_low)
+    high = np.array(task.action_high)
+    return from_unit(actions, low, high).astype(np.float32)
 
 
 def label(steps: dict[str, np.ndarray], task: Task) -> dict[str, np.ndarray]:

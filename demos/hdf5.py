@@ -16,6 +16,10 @@ Shapes: T steps of a demonstration, N steps of the file, D observation, A action
 
 import contextlib
 import json
+import mmap
+import os
+import struct
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -34,13 +38,13 @@ from demos.columns import (
     label,
     reading,
     same_length,
-    unit_range,
     within_limits,
 )
 from demos.files import replacing
 from envs import TASKS, Task, get_task
 
 KIND = "a readable HDF5 file"
+HEAP = b"GCOL\x01\0\0\0"
 TABLE = ("robosuite", "ogbench", "arm")  # suites whose files must say which world they are of
 
 
@@ -153,10 +157,48 @@ def opened(path: Path) -> Iterator[Any]:
     """Open a robomimic file; what a damaged one raises meanwhile becomes one sentence."""
     import h5py
 
+    with reading(path, KIND):
+        check_heaps(path)
     with reading(path, KIND), h5py.File(path, "r") as file:
         if not isinstance(member(file, "data"), h5py.Group):
             raise DataError(f"{path}: key 'data' is missing; this is not a robomimic file")
         yield file
+
+
+def check_heaps(path: Path) -> None:
+    """Raise DataError for a damaged heap of texts, in which the HDF5 library would loop for ever.
+
+    A global heap begins with GCOL, its version, three zeros and its size. Each object in it begins
+    with its index, its reference count, four zeros and its size; index 0 is the free space, whose
+    size includes these 16 bytes (HDF5 file format specification, III.E).
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            start = content.find(HEAP)
+            while start >= 0:
+                if not heap_ends(content, start):
+                    raise DataError(f"{path}: its text heap is damaged; make or fetch it again")
+                start = content.find(HEAP, start + 1)
+
+
+def heap_ends(content: mmap.mmap, start: int) -> bool:
+    """Tell whether walking through the objects of a heap comes to its end."""
+    if start + 16 > len(content):
+        return False
+    end = start + struct.unpack_from("<Q", content, start + 8)[0]
+    place = start + 16
+    if end > len(content):
+        return False
+    while place + 16 <= end:
+        index = struct.unpack_from("<H", content, place)[0]
+        size = struct.unpack_from("<Q", content, place + 8)[0]
+        length = size if index == 0 else 16 + (size + 7) // 8 * 8
+        if length < 16 or place + length > end:
+            return False
+        place += length
+    return True
 
 
 def member(group, key: str) -> Any:
@@ -219,7 +261,8 @@ def filters(file) -> dict[str, list[str]]:
         if isinstance(dataset, h5py.Dataset) and dataset.ndim == 1 and dataset.dtype.kind in "SO":
             if dataset.shape[0] > len(file["data"]):
                 raise DataError(f"{file.filename}: mask/{key} lists more than there is")
-            found[key] = [bytes(name).decode() for name in dataset[()]]
+            with memory_limit():
+                found[key] = [bytes(name).decode() for name in dataset[()]]
     return found
 
 
@@ -260,7 +303,7 @@ def load_episode(
     steps = {
         "obs": obs,
         "action": within_limits(
-            f"{where}: key 'actions'", unit_range(columns["actions"], task), clip_actions
+            f"{where}: key 'actions'", task.unit_actions(columns["actions"]), clip_actions
         ),
         "reward": columns["rewards"],
         "next_obs": stacked(where, [columns[key] for key in after], task) if after else obs,
@@ -305,6 +348,8 @@ def column(where: str, group, key: str, width: int | None, allowance: Allowance)
         width = shape[1] if len(shape) == 2 else None
     check_layout(name, shape, dataset.dtype, width)
     allowance.take(name, shape, dataset.dtype.itemsize)
+    if dataset.chunks:
+        allowance.check(name, dataset.chunks, dataset.dtype.itemsize)
     return finite(name, dataset[()])
 
 
@@ -322,7 +367,7 @@ def stacked(where: str, parts: list[np.ndarray], task: Task) -> np.ndarray:
 def ends(where: str, group, task: Task, rewards: np.ndarray, allowance: Allowance) -> np.ndarray:
     """Tell which steps (T,) are terminal for another reason than a rewarded success."""
     terminal = np.zeros(len(rewards), bool)
-    if bool(group.attrs.get("failed", False)):
+    if attribute(group, "failed"):
         terminal[-1] = True
     if task.suite not in ("robosuite", "arm") and "dones" in group:
         dones = column(where, group, "dones", None, allowance)
@@ -346,6 +391,49 @@ def shifted(where: str, labelled: dict, recorded: dict) -> dict[str, np.ndarray]
     return labelled
 
 
+# ---- attributes and texts, whose length a damaged file can claim
+
+
+def attribute(holder, name: str) -> Any:
+    """Return a scalar attribute of a group: a number or a text; None if it is not there.
+
+    Raises DataError for an array: robomimic's attributes are scalars.
+    """
+    if name not in holder.attrs:
+        return None
+    stored = holder.attrs.get_id(name)
+    if stored.shape not in ((), (1,)):
+        raise DataError(f"{holder.file.filename}: attribute '{name}' is not a single value")
+    with memory_limit():
+        value = holder.attrs[name]
+    if stored.shape == (1,):
+        value = value[0]
+    return value.decode() if isinstance(value, bytes) else value
+
+
+@contextlib.contextmanager
+def memory_limit(more: int = 256 << 20) -> Iterator[None]:
+    """Let this process have only so many bytes more, so that a damaged length cannot take all.
+
+    HDF5 allocates what a text claims before it looks for it. No effect outside Linux.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
+
+
 # ---- the world a file is of
 
 
@@ -363,13 +451,11 @@ def env_args(path: str | Path) -> dict:
 
 def described_world(path: Path, data) -> dict:
     """Read the attribute env_args, which robomimic writes."""
-    if "env_args" not in data.attrs:
+    text = attribute(data, "env_args")
+    if text is None:
         raise DataError(
             f"{path}: attribute 'env_args' of 'data' is missing; {converter(path, data)}"
         )
-    text = data.attrs["env_args"]
-    if isinstance(text, bytes):
-        text = text.decode()
     if not isinstance(text, str):
         raise DataError(f"{path}: attribute 'env_args' is not JSON text")
     try:
@@ -439,7 +525,10 @@ def with_path(path: Path, task: str | Task) -> Task:
 def task_named(data, env_name: str | None) -> str:
     """Return the name of the task of the table that a file is of."""
     known = [task.name for task in TASKS.values() if task.env_name == env_name]
-    return str(data.attrs.get("task", known[0] if known else env_name))
+    stated = attribute(data, "task")
+    if stated is not None:
+        return str(stated)
+    return str(known[0] if known else env_name)
 
 
 def absolute(controller: Any) -> bool:

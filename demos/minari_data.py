@@ -23,7 +23,6 @@ from demos.columns import (
     label,
     reading,
     same_length,
-    unit_range,
     within_limits,
 )
 from envs import Task
@@ -90,7 +89,7 @@ def load_episode(
         check_layout(place, values.shape, values.dtype, widths.get(name))
         columns[name] = finite(place, values)
     same_length(where, columns)
-    actions = unit_range(columns["actions"], task)
+    actions = task.unit_actions(columns["actions"])
     steps = {
         "obs": columns["obs"],
         "action": within_limits(f"{where}: 'actions'", actions, clip_actions),

@@ -38,7 +38,6 @@ from demos.columns import (
     label,
     reading,
     same_length,
-    unit_range,
     within_limits,
 )
 from demos.files import replacing
@@ -71,7 +70,7 @@ def load(
     path = existing(path, task)
     columns = read(path, task)
     columns["actions"] = within_limits(
-        f"{path}: key 'actions'", unit_range(columns["actions"], task), clip_actions
+        f"{path}: key 'actions'", task.unit_actions(columns["actions"]), clip_actions
     )
     if "qpos" in columns:
         return label_by_goal(path, columns, task, episodes)

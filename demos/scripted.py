@@ -42,7 +42,10 @@ def collect(
     task = envs.get_task(task)
     if task.name not in EXPERTS:
         experts = ", ".join(EXPERTS)
-        raise ValueError(f"no scripted expert for task '{task.name}'; experts: {experts}")
+        raise ValueError(
+            f"no scripted expert for task '{task.name}'; experts: {experts}. Recordings of your "
+            "own go to training with --data FILE"
+        )
     kept = []
     attempts = 0
     with tqdm(total=episodes, desc=f"{task.name} demonstrations", disable=not progress) as bar:

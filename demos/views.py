@@ -25,7 +25,7 @@ from torch import Tensor
 
 import envs
 from demos import hdf5
-from demos.columns import DataError
+from demos.columns import DataError, make_command
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 SKY = (90, 110, 140)
@@ -256,8 +256,8 @@ def pictures(view: View, path: Path, steps: np.ndarray) -> np.ndarray:
             recorded = hdf5.member(file["data"][name], "states")
             if recorded is None:
                 raise DataError(
-                    f"{path}: data/{name} has no 'states' to make pictures of; record it again: "
-                    f"python -m demos --task {view.task.name} --out FILE"
+                    f"{path}: data/{name} has no 'states' to make pictures of; make others: "
+                    f"{make_command(view.task.name, Path('data') / f'{view.task.name}.hdf5')}"
                 )
             states = recorded[()]
             fits = states.shape[1:] == (width,) and len(states) >= count

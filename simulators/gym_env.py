@@ -99,6 +99,7 @@ class GymEnv(SimulatorEnv):
 def describe(env_id: str) -> dict[str, Any]:
     """Read an environment's sizes: obs_dim, action_dim, episode_limit, action_low, action_high.
 
+    Where the observation is a Dict of Boxes also obs_keys and obs_sizes, in the space's order.
     episode_limit is None where the id was registered without one. Raises ValueError for an id that
     does not exist and for spaces that are not vectors.
     """
@@ -110,7 +111,7 @@ def describe(env_id: str) -> dict[str, Any]:
             "episode_limit": gymnasium.spec(env_id.rpartition(":")[2]).max_episode_steps,
             "action_low": tuple(map(float, actions.low.ravel())),
             "action_high": tuple(map(float, actions.high.ravel())),
-        }
+        } | observation_parts(env.observation_space)
 
 
 def make(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
@@ -170,6 +171,17 @@ def vector_size(name: str, space: Space, key: str = "") -> int:
             "(vla_head.py has a policy that sees)"
         )
     return int(np.prod(space.shape))
+
+
+def observation_parts(space: Space) -> dict[str, tuple]:
+    """Name the parts of a Dict of Boxes as a task's obs_keys and obs_sizes; {} for other spaces."""
+    if not isinstance(space, Dict):
+        return {}
+    parts = space.spaces
+    if not all(isinstance(part, Box) for part in parts.values()):
+        return {}
+    sizes = tuple(int(np.prod(part.shape)) for part in parts.values())
+    return {"obs_keys": tuple(parts), "obs_sizes": sizes}
 
 
 def flatten(space: Space, obs: Any) -> np.ndarray:

@@ -198,7 +198,7 @@ def test_the_check_looks_at_units(lift, tmp_path):
 def test_the_newest_file_made_here_is_checked_if_no_public_one_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="python -m demos --task lift --out FILE"):
+    with pytest.raises(FileNotFoundError, match="python -m demos --task lift --out data/lift"):
         newest("lift")
     made = demos.made("lift", 3, 0)
     made.parent.mkdir()

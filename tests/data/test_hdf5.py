@@ -7,12 +7,13 @@ Not here: npz (test_npz.py), hostile files (test_hostile.py).
 
 import fcntl
 import json
+import resource
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from recordings import write_hdf5
+from recordings import WORLD, write_hdf5
 
 import demos
 import envs
@@ -232,7 +233,7 @@ SPOILERS = {
     ),
     "env_args an array": (
         lambda f: f["data"].attrs.create("env_args", np.zeros(3)),
-        "attribute 'env_args' is not JSON text",
+        "attribute 'env_args' is not a single value",
     ),
     "env_args without a bottom": (
         lambda f: f["data"].attrs.create("env_args", "[" * 60_000),
@@ -354,6 +355,43 @@ def test_a_folder_and_an_address_are_named_as_such(tmp_path):
         demos.load(tmp_path / "with space.hdf5", "lift")
 
 
+def test_a_heap_in_which_the_library_would_loop_for_ever_is_refused(tmp_path):
+    """Its free space has no size. Not loaded here: without the check that would never end."""
+    path = write_hdf5(tmp_path / "a.hdf5", [[0] * 5])
+    content = bytearray(path.read_bytes())
+    place = content.index(hdf5.HEAP) + 16
+    hdf5.check_heaps(path)
+    while int.from_bytes(content[place : place + 2], "little"):  # the text, then the free space
+        place += 16 + (int.from_bytes(content[place + 8 : place + 16], "little") + 7) // 8 * 8
+    for size in (0, 2**64 - 16):
+        content[place + 8 : place + 16] = size.to_bytes(8, "little")
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="a.hdf5: its text heap is damaged"):
+            hdf5.check_heaps(path)
+    (tmp_path / "empty.hdf5").touch()
+    hdf5.check_heaps(tmp_path / "empty.hdf5")
+
+
+def test_a_text_that_claims_much_takes_no_memory(tmp_path):
+    """4 GB: HDF5 allocates what a text claims before it looks for it."""
+    path = write_hdf5(tmp_path / "a.hdf5", [[0] * 5])
+    content = bytearray(path.read_bytes())
+    text = json.dumps(WORLD).encode()
+    heap = content.index(hdf5.HEAP).to_bytes(8, "little")
+    record = content.index(len(text).to_bytes(4, "little") + heap)
+    content[record : record + 12] = b"\xff" * 12
+    path.write_bytes(content)
+    before = peak_memory()
+    with pytest.raises(ValueError, match="a.hdf5: not a readable HDF5 file"):
+        demos.load(path, "lift")
+    assert peak_memory() - before < 300
+
+
+def peak_memory():
+    """The most memory, in MB, that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 # ---- files as others write them
 
 
@@ -372,14 +410,19 @@ def test_without_next_observations_they_are_those_of_the_next_step(tmp_path):
         demos.load(one, "lift")
 
 
-def test_a_filter_chooses_demonstrations(tmp_path):
+def test_a_filter_chooses_demonstrations(tmp_path, capsys):
     path = write_hdf5(tmp_path / "a.hdf5", [[0] * (index + 1) for index in range(4)])
     with h5py.File(path, "r+") as file:
         file.create_dataset("mask/train", data=np.array(["demo_3", "demo_1"], dtype="S"))
         file.create_dataset("mask/bad", data=np.array(["demo_9"], dtype="S"))
     data = demos.load(path, "lift", filter_key="train")
+    assert "filter 'train': 2 of 4 demonstrations" in capsys.readouterr().out
     assert np.flatnonzero(data["truncated"]).tolist() == [1, 5]
     assert len(demos.load(path, "lift", 1, filter_key="train")["obs"]) == 2
+    capsys.readouterr()
+    assert len(demos.load(path, "lift")["obs"]) == 10
+    told = capsys.readouterr().out
+    assert "all 4 demonstrations; --filter-key takes those of bad (1), train (2)" in told
     with pytest.raises(ValueError, match="a.hdf5: has no filter 'valid'; its filters: bad, train"):
         demos.load(path, "lift", filter_key="valid")
     with pytest.raises(ValueError, match="mask/bad lists demo_9, which is not there"):
@@ -418,6 +461,7 @@ def test_where_nothing_succeeds_that_is_said(tmp_path, capsys):
     demos.load(write_hdf5(tmp_path / "a.hdf5", [[0] * 5, [0, 0]]), "lift")
     told = capsys.readouterr().out
     assert "no demonstration" in told and "succeeds: every reward is 0" in told
+    assert f"python -m demos --check --task lift --data {tmp_path / 'a.hdf5'}" in told
     demos.load(write_hdf5(tmp_path / "b.hdf5", [[0] * 5, [0, 1]]), "lift")
     assert capsys.readouterr().out == ""
 
