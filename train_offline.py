@@ -52,7 +52,7 @@ from logbook import (
 )
 from logbook.options import Count, CountOrZero, Positive, Seed, Width, parse
 from poco import posterior_weights
-from replay import Batch, ChunkReplay
+from replay import FIELDS, Batch, ChunkReplay
 
 EVAL_SEED = 1_000_000  # evaluation episodes are the same for all; training never draws these seeds
 
@@ -61,15 +61,17 @@ EVAL_SEED = 1_000_000  # evaluation episodes are the same for all; training neve
 class Args:
     """What stage I can be asked."""
 
-    task: str = "lift"  # lift, can, square, scene, puzzle-3x3, cube-double, cube-triple
+    task: str = "lift"  # of the table, or a gymnasium id: Reacher-v5, my_module:MyEnv-v0
     preset: Literal["auto", "cpu", "paper"] = (
         "auto"  # paper: Tables II/III; cpu: minutes on a laptop
     )
     seed: Seed = 0  # of demonstrations, networks, batches and training episodes
-    data: str | None = (
-        None  # file of demonstrations; default: made (cpu); found or downloaded (paper)
-    )
-    demo_episodes: Count = 20  # how many demonstrations to make, or to use of the file
+    data: str | None = None  # demonstrations: npz, HDF5 or minari:ID; default: made or downloaded
+    demo_episodes: CountOrZero = 20  # how many to make, or to use of the file; 0: from scratch
+    obs_keys: tuple[str, ...] = ()  # observations of an HDF5 file; default: the task's
+    filter_key: str | None = None  # use the demonstrations of this mask of an HDF5 file
+    clip_actions: bool = False  # accept recorded actions beyond [-1, 1] and clip them
+    success_key: str | None = None  # of a gymnasium task's info; default: success or is_success
     episode_limit: Count = 300  # steps after which an episode is truncated
     horizon: Count = 5  # H, actions per chunk, executed open loop
     hidden: Width = 512  # width of the hidden layers of every network
@@ -119,6 +121,8 @@ class Args:
         values = {"task": task.name, "preset": preset, "setting": setting}
         values |= cls.task_values(task, resolved, setting)
         values |= cls.presets.get(resolved, {})
+        if values["episode_limit"] is None:  # the environment has none: the default holds
+            del values["episode_limit"]
         names = {field.name for field in dataclasses.fields(cls)}
         return {name: value for name, value in values.items() if name in names}
 
@@ -191,7 +195,7 @@ class Simulation:
     def __init__(self, args: Any):
         self.args = args
         with user_errors():
-            self.task = envs.get_task(args.task)
+            self.task = envs.get_task(args.task, args.success_key)
         self.obs_dim = self.task.obs_dim
         self.action_dim = self.task.action_dim
 
@@ -201,12 +205,21 @@ class Simulation:
         Returns obs (T, D), action (T, A), reward, next_obs, terminated and truncated.
         """
         args = self.args
+        if args.demo_episodes == 0:
+            return no_demonstrations(self.obs_dim, self.action_dim)
         with user_errors():
             path = demos.obtain(
-                args.task, args.preset, args.data, args.demo_episodes, args.seed, args.workers
+                self.task, args.preset, args.data, args.demo_episodes, args.seed, args.workers
             )
             args.data = str(path)
-            data = demos.load(path, args.task, args.demo_episodes)
+            data = demos.load(
+                path,
+                self.task,
+                args.demo_episodes,
+                args.obs_keys or None,
+                args.filter_key,
+                args.clip_actions,
+            )
             if self.recorded_world is not None:
                 self.make_env().close()  # refuses another simulator's file before stage I
         return data
@@ -217,7 +230,7 @@ class Simulation:
         policy = FlowPolicy(
             self.obs_dim, self.action_dim, args.horizon, args.hidden, args.layers, args.flow_steps
         )
-        if data is not None and args.normalize:
+        if data is not None and len(data["obs"]) and args.normalize:
             obs = torch.as_tensor(data["obs"])
             std = obs.std(0)
             # Floor the deviation: a cube that is static in the demonstrations may move online.
@@ -228,7 +241,7 @@ class Simulation:
     def make_env(self, render_mode: str | None = None) -> gymnasium.Env:
         """Build the environment that collects."""
         return envs.make_env(
-            self.args.task,
+            self.task,
             render_mode=render_mode,
             episode_limit=self.args.episode_limit,
             env_args=self.recorded_world,
@@ -248,10 +261,16 @@ class Simulation:
         args = self.args
         if args.data is None:
             return None
-        if Path(args.data) == demos.made(args.task, args.demo_episodes, args.seed):
+        if Path(args.data) == demos.made(self.task, args.demo_episodes, args.seed):
             return None
         with user_errors():
-            return demos.env_args(args.data, args.task)
+            return demos.env_args(args.data, self.task)
+
+
+def no_demonstrations(obs_dim: int, action_dim: int) -> dict[str, np.ndarray]:
+    """Return demonstrations of no step, for a run from scratch."""
+    widths = {"obs": (0, obs_dim), "action": (0, action_dim), "next_obs": (0, obs_dim)}
+    return {name: np.zeros(widths.get(name, (0,)), np.float32) for name in FIELDS}
 
 
 def resolve_preset(preset: str) -> tuple[str, str]:
@@ -455,13 +474,14 @@ def save_cloning(cloning: Cloning, book: Logbook) -> None:
     book.save("last.pt", state)
 
 
-def cloning_folder(args: Any, name: str) -> Path:
+def cloning_folder(args: Any, name: str, demonstrations: dict[str, Any]) -> Path:
     """Return stage I's run folder. Other settings get one beside it, named by their digest."""
     plain = Path(f"runs/{args.task}-{name}-s{args.seed}")
     if not (plain / "args.json").is_file():
         return plain
     stored = read_args(plain)
     wanted = {field: getattr(args, field) for field in args.cloning_settings}
+    wanted["demonstrations"] = demonstrations
     if all(stored.get(field) == value for field, value in wanted.items()):
         return plain
     text = json.dumps(wanted, sort_keys=True)
@@ -478,14 +498,17 @@ def stage_one(
     within_stage_two = data is not None
     if data is None:
         data = simulation.demonstrations()
-    if within_stage_two:
-        folder = cloning_folder(args, simulation.stage_one)
+    if len(data["obs"]) == 0:
+        raise UserError("stage I clones demonstrations: --demo-episodes must be at least 1")
+    identity = {"demonstrations": demos.fingerprint(data)} | simulation.identity()
+    given = None if within_stage_two else args.resume or args.run_dir
+    if given:
+        folder = Path(given)
     else:
-        given = args.resume or args.run_dir
-        folder = Path(given) if given else cloning_folder(args, simulation.stage_one)
+        folder = cloning_folder(args, simulation.stage_one, identity["demonstrations"])
     resumed = args.resume if not within_stage_two else None
     overwrite = args.overwrite and not within_stage_two
-    stored = dataclasses.asdict(args) | simulation.identity() | {"method": simulation.stage_one}
+    stored = dataclasses.asdict(args) | identity | {"method": simulation.stage_one}
     if within_stage_two:
         stored |= {"run_dir": None, "resume": None, "overwrite": False}
     torch.manual_seed(args.seed)
@@ -519,11 +542,27 @@ def resume_cloning(
                 f"{folder} was trained with another {name}, {book.args.get(name)}: choose another "
                 "folder with --run-dir DIR, or replace it with --overwrite"
             )
+    refuse_other_identity(book, {"demonstrations": stored["demonstrations"]})
     with must_fit(folder):
         cloning.load_state_dict(book.load("last.pt"))
         check_end(folder, cloning.step, args, "pretrain_steps")
         book.rewind(cloning.step)
     return book
+
+
+def refuse_other_identity(book: Logbook, identity: dict[str, Any]) -> None:
+    """Refuse to continue a run with other demonstrations or another backbone than it began with."""
+    for name, now in identity.items():
+        then = book.args.get(name, now)
+        if then == now:
+            continue
+        if name == "demonstrations":
+            raise UserError(
+                f"{book.folder}: the demonstrations have changed, {then['steps']} steps of "
+                f"{then['episodes']} episodes then, {now['steps']} of {now['episodes']} now: "
+                "put the old file back, or start a new run with --run-dir DIR"
+            )
+        raise UserError(f"{book.folder} was begun with another {name}: {then} then, {now} now")
 
 
 def load_cloned(path: str | Path, simulation: Simulation, device: torch.device) -> nn.Module:

@@ -824,17 +824,21 @@ def changed_value(name, value):
 def test_the_folder_of_stage_one_is_that_of_its_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = train_offline.Args()
-    folder = train_offline.cloning_folder(args, "bc")
+    same_data = {"steps": 3}
+    folder = train_offline.cloning_folder(args, "bc", same_data)
     assert folder == Path("runs/lift-bc-s0")
     folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps({"args": dataclasses.asdict(args)}))
-    assert train_offline.cloning_folder(args, "bc") == folder
+    stored = dataclasses.asdict(args) | {"demonstrations": same_data}
+    (folder / "args.json").write_text(json.dumps({"args": stored}))
+    assert train_offline.cloning_folder(args, "bc", same_data) == folder
     others = set()
     for name in args.cloning_settings:
         value = getattr(args, name)
         changed = changed_value(name, value)
-        others.add(train_offline.cloning_folder(dataclasses.replace(args, **{name: changed}), "bc"))
-    assert folder not in others and len(others) == len(args.cloning_settings)
+        other = dataclasses.replace(args, **{name: changed})
+        others.add(train_offline.cloning_folder(other, "bc", same_data))
+    others.add(train_offline.cloning_folder(args, "bc", {"steps": 4}))
+    assert folder not in others and len(others) == len(args.cloning_settings) + 1
 
 
 def test_stage_one_is_not_resumed_with_other_settings(stage_one, uninterrupted):
@@ -917,3 +921,30 @@ def test_both_stages_from_the_command_line_with_task_as_the_only_needed_flag(tmp
         json.loads((tmp_path / "runs/lift-poco-s0/args.json").read_text())["args"]["act"]
         == "posterior"
     )
+
+
+def test_demonstrations_that_have_changed_are_noticed(demo_file, stage_one, tmp_path):
+    """The same name with other content: both stages say so instead of training on a mixture."""
+    data = tmp_path / "lift.hdf5"
+    shutil.copy(demo_file, data)
+    bc = [*TOY, "--data", str(data), "--run-dir", str(tmp_path / "bc")]
+    train_offline.main([*bc, "--pretrain-steps", "4"])
+    online(tmp_path / "run", data, tmp_path / "bc", "--online-steps", "4")
+    demos.collect("lift", 2, 4, data, progress=False)
+    changed = "the demonstrations have changed, [0-9]+ steps of 2 episodes then, [0-9]+ of 2 now"
+    with pytest.raises(UserError, match=changed):
+        train_offline.main(["--resume", str(tmp_path / "bc"), "--pretrain-steps", "8"])
+    with pytest.raises(UserError, match=changed):
+        train_online.main(["--resume", str(tmp_path / "run"), "--online-steps", "8"])
+
+
+def test_a_run_from_scratch_needs_no_demonstration(tmp_path):
+    """--demo-episodes 0: no stage I, and no update before the first chunk is complete."""
+    flags = [*ONLINE, "--demo-episodes", "0", "--online-steps", "12", "--log-every", "1"]
+    train_online.main([*flags, "--run-dir", str(tmp_path / "run")])
+    state = load_checkpoint(tmp_path / "run")
+    assert state["world"]["replay"]["demos"] == 0
+    written = rows(tmp_path / "run/progress.csv")
+    assert [int(row["updates"]) for row in written] == [0, 0, 0, 0, *range(1, 9)]
+    with pytest.raises(UserError, match="stage I clones demonstrations"):
+        train_offline.main([*TOY, "--demo-episodes", "0", "--run-dir", str(tmp_path / "bc")])
