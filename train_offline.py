@@ -480,7 +480,7 @@ def cloning_folder(args: Any, name: str, demonstrations: dict[str, Any]) -> Path
     if not (plain / "args.json").is_file():
         return plain
     stored = read_args(plain)
-    wanted = {field: getattr(args, field) for field in args.cloning_settings}
+    wanted = {field: vars(args)[field] for field in args.cloning_settings}
     wanted["demonstrations"] = demonstrations
     if all(stored.get(field) == value for field, value in wanted.items()):
         return plain

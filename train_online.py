@@ -241,11 +241,11 @@ class POCO:
             raise UserError(f"--graph needs an NVIDIA GPU, this would run on {device}: --no-graph")
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).state_dict() for name in self.saved}
+        return {name: vars(self)[name].state_dict() for name in self.saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.saved:
-            getattr(self, name).load_state_dict(state[name])
+            vars(self)[name].load_state_dict(state[name])
 
 
 def make_critic(args: Any, policy: nn.Module) -> tuple[ChunkCritic, ChunkCritic]:

@@ -37,8 +37,8 @@ class Agent:
         return replay.sample(batch_size, generator)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).state_dict() for name in self.saved}
+        return {name: vars(self)[name].state_dict() for name in self.saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.saved:
-            getattr(self, name).load_state_dict(state[name])
+            vars(self)[name].load_state_dict(state[name])

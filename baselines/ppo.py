@@ -385,7 +385,7 @@ class Rollouts:
 
     def state_dict(self) -> dict[str, Any]:
         filled = {name: value[: self.row + 1].cpu().clone() for name, value in self.data.items()}
-        return {name: getattr(self, name) for name in self.counters} | {
+        return {name: vars(self)[name] for name in self.counters} | {
             "data": filled,
             "runners": [runner.state_dict() for runner in self.runners],
             "episode_rng": self.episode_rng.bit_generator.state,
@@ -397,7 +397,7 @@ class Rollouts:
         if len(state["runners"]) != self.args.num_envs:
             raise UserError(f"a run goes on as it began: --num-envs {len(state['runners'])}")
         for name in self.counters:
-            setattr(self, name, state[name])
+            vars(self)[name] = state[name]
         for name, value in state["data"].items():
             self.data[name][: len(value)] = value
         for runner, saved in zip(self.runners, state["runners"]):

@@ -159,7 +159,7 @@ def check_limits(args: Any) -> None:
     """Refuse numbers outside the limits in the types of args' fields. Raises UserError."""
     hints = typing.get_type_hints(type(args), include_extras=True)
     for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
+        value = vars(args)[field.name]
         problem = type_violation(hints[field.name], value)
         if problem:
             raise UserError(f"{option(field.name)} {problem}, got {value}")
@@ -168,8 +168,8 @@ def check_limits(args: Any) -> None:
 def refuse_changes(folder: str, args: Any, begun: Any, names: tuple[str, ...]) -> None:
     """Refuse to continue a run with other values of these fields than it began with."""
     for name in names:
-        before = getattr(begun, name)
-        now = getattr(args, name)
+        before = vars(begun)[name]
+        now = vars(args)[name]
         if now != before:
             raise UserError(
                 f"{folder} began with {option(name)} {before}: it cannot go on with {now}"
