@@ -536,6 +536,13 @@ def refuse_contradictions(args: Args) -> None:
         )
     if args.workers > 1 or args.rollouts:
         raise UserError("pictures are made in one process: --workers 1 --rollouts 0")
+    if args.demo_episodes == 0:
+        raise UserError("features are standardised by demonstrations: --demo-episodes at least 1")
+    if args.obs_keys or args.filter_key or args.clip_actions:
+        raise UserError(
+            "pictures are made of recorded states: --obs-keys, --filter-key and --clip-actions do "
+            "not apply"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,6 +10,7 @@ Writes runs/lift-vla-two-s<seed>/instructions.json.
 Not here: the head (vla_head.py), the models that look and read (arms/adapters/pretrained.py).
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,12 +196,15 @@ def report(folder: Path) -> dict[str, Any]:
     """Compare right and wrong instructions for behaviour cloning and POCO; write a JSON file."""
     args = parse(Args, ["--eval", str(folder)], method=TwoInstructions.method)
     simulation = TwoInstructions(args)
-    cloned = train_offline.cloning_folder(args, TwoInstructions.stage_one)
+    cpu = torch.device("cpu")
+    cloned = train_offline.stage_one(args, simulation, cpu, simulation.demonstrations())
+    if cloned is None:  # interrupted, where it had to be trained again
+        return {}
+    policy, _ = cloned
     weights = {
-        "cloning": load_checkpoint(cloned)["policy"],
+        "cloning": copy.deepcopy(policy.state_dict()),
         "poco": load_checkpoint(folder / "last.pt")["agent"]["actor"],
     }
-    policy = simulation.make_policy(torch.device("cpu"))
     results = {}
     with envs.Evaluator(simulation.make_eval_env) as evaluator:
         for name, state in weights.items():

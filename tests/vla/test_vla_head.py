@@ -383,6 +383,8 @@ def test_the_paper_preset_is_table_five():
         ("--discount 2", "--discount must be at most 1"),
         ("--workers 2", "--workers 1"),
         ("--rollouts 1", "--rollouts 0"),
+        ("--demo-episodes 0", "--demo-episodes at least 1"),
+        ("--filter-key train", "do not apply"),
         ("--backbone nowhere", "--backbone nowhere holds no config.json"),
     ],
 )
