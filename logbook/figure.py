@@ -65,7 +65,7 @@ def draw(folders: list[str | Path], out: str | Path | None = None) -> Path:
         draw_runs(axes, folders, series)
     finish_axes(axes)
     axes.set_ylabel("success (%)")
-    add_legend(figure, axes)
+    add_legend(figure, [axes])
     return save_figure(figure, out or path)
 
 
@@ -82,29 +82,34 @@ def draw_grid(folders: list[str | Path], out: str | Path, columns: int = 4) -> P
     figure, axes = new_figure(3.1 * columns, 2.5 * rows + 0.5, rows, columns)
     axes = np.atleast_1d(axes).ravel()
     for panel, (task, members) in zip(axes, tasks.items()):
-        series = read_series(members)
-        seeds = sorted({len(one.success) for one in series})
-        draw_series(panel, series, COLORS)
-        shade_warmup(panel, members)
-        finish_axes(panel)
-        title = f"{task} ({count_of(seeds, 'seed')})"
-        collectors = {one.collects for one in series if one.collects}
-        if len(collectors) == 1:
-            title += f"\ncollects: {collectors.pop()}"
-            for line in panel.get_lines():  # the panel says it, so the legend need not
-                line.set_label(line.get_label().rpartition(", ")[2])
-        panel.set_title(title, fontsize=10)
-        panel.set_xlabel(step_label(members))
+        draw_task(panel, task, members)
     for panel in axes[::columns]:
         panel.set_ylabel("success (%)")
     for panel in axes[len(tasks) :]:
         panel.set_axis_off()
     note = "Mean of the seeds,\nband from the lowest to the highest"
-    add_legend(figure, axes[0], note, inside=axes[-1] if len(axes) > len(tasks) else None)
+    spare = axes[-1] if len(axes) > len(tasks) else None
+    add_legend(figure, axes[: len(tasks)], note, inside=spare)
     return save_figure(figure, out)
 
 
 # ---- what is drawn -------------------------------------------------------------------------------
+
+
+def draw_task(panel: Any, task: str, folders: list[Path]) -> None:
+    """Draw one task's runs as a panel of the grid. Its title says who collected, if all agree."""
+    series = read_series(folders)
+    seeds = sorted({len(one.success) for one in series})
+    title = f"{task} ({count_of(seeds, 'seed')})"
+    collectors = {one.collects for one in series}
+    agree = len(collectors) == 1
+    if agree and None not in collectors:
+        title += f"\ncollects: {collectors.pop()}"
+    draw_series(panel, series, COLORS, say_collects=not agree)
+    shade_warmup(panel, folders)
+    finish_axes(panel)
+    panel.set_title(title, fontsize=10)
+    panel.set_xlabel(step_label(folders))
 
 
 def draw_run(axes: Any, folder: Path) -> None:
@@ -171,13 +176,19 @@ def draw_runs(axes: Any, folders: list[Path], series: list[Series]) -> None:
     axes.set_title(title, fontsize=11)
 
 
-def draw_series(axes: Any, series: list[Series], colors: dict[str, str]) -> None:
-    """Draw few series: a colour per evaluated way of acting, a line style per method."""
+def draw_series(
+    axes: Any, series: list[Series], colors: dict[str, str], say_collects: bool = True
+) -> None:
+    """Draw few series: a colour per evaluated way of acting, a line style per method.
+
+    The legend names the methods only where the ways of acting do not tell them apart.
+    """
     names = list(dict.fromkeys(one.name for one in series))
-    is_clear = len({one.label for one in series}) == len(series)
+    labels = [acting_label(one.collects if say_collects else None, one.evaluated) for one in series]
+    is_clear = len(set(labels)) == len(labels)
     spare = iter([color for color in PALETTE if color not in colors.values()] * len(series))
     colors = dict(colors)
-    for one in series:
+    for one, label in zip(series, labels):
         if one.evaluated not in colors:
             colors[one.evaluated] = next(spare)
         place = names.index(one.name)
@@ -185,7 +196,7 @@ def draw_series(axes: Any, series: list[Series], colors: dict[str, str]) -> None
             axes,
             one.steps,
             one.success,
-            label=one.label if is_clear else f"{one.name}, {one.label}",
+            label=label if is_clear else f"{one.name}, {label}",
             color=colors[one.evaluated],
             linestyle=STYLES[place % len(STYLES)],
             marker=MARKERS[place % len(MARKERS)],
@@ -347,16 +358,23 @@ def thousands(value: float, _position: int | None = None) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
 
 
-def add_legend(figure: Any, axes: Any, title: str | None = None, inside: Any = None) -> None:
-    """Put the legend of these axes below the figure, or inside an empty panel."""
-    handles, labels = axes.get_legend_handles_labels()
-    if not handles:
+def add_legend(
+    figure: Any, panels: list[Any], title: str | None = None, inside: Any = None
+) -> None:
+    """Put one legend of all panels below the figure, or inside an empty panel."""
+    entries = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    if not entries:
         return
     style = {"frameon": False, "fontsize": 9, "title": title, "title_fontsize": 9}
     if inside is not None:
-        inside.legend(handles, labels, loc="center", **style)
+        inside.legend(entries.values(), entries.keys(), loc="center", **style)
     else:
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, **style)
+        figure.legend(
+            entries.values(), entries.keys(), loc="outside lower center", ncols=2, **style
+        )
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:

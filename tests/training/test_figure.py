@@ -1,6 +1,6 @@
 """Figures are drawn from CSV files alone, and never cost a run.
 
-    python -m pytest tests/training/test_figure.py      # 20 s
+python -m pytest tests/training/test_figure.py      # 20 s
 """
 
 import os
@@ -261,17 +261,42 @@ def test_names_at_the_bottom_are_pushed_upwards():
     assert heights[-1] == -1 and -np.diff(heights).max() > 4.9
 
 
-def test_a_grid_has_a_panel_per_task_in_the_order_given(seeds, tmp_path, monkeypatch):
-    can = small_run(tmp_path / "can-poco-s0", task="can", act="policy")
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would have been written."""
+    figures = []
+    monkeypatch.setattr("logbook.figure.save_figure", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def test_a_grid_has_a_panel_per_task_in_the_order_given(seeds, tmp_path, drawn):
+    can = small_run(tmp_path / "can-poco-s0", task="can", act="posterior")
     fill(can, 5)
-    drawn = []
-    monkeypatch.setattr("logbook.figure.save_figure", lambda figure, path: drawn.append(figure))
     draw_grid([*seeds, can.folder], tmp_path / "grid.png")
     lift, can = drawn[0].axes
-    assert (lift.get_title(), can.get_title()) == ("lift (3 seeds)", "can (1 seed)")
+    assert lift.get_title() == "lift (3 seeds)\ncollects: policy"
+    assert can.get_title() == "can (1 seed)\ncollects: posterior"
     assert lift.get_ylabel() == "success (%)"
     assert lift.get_xlabel() == can.get_xlabel() == "environment steps"
     assert len(lift.collections) == 2 and not can.collections  # bands
+    (legend,) = drawn[0].legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["evaluated: policy", "evaluated: posterior"]  # for both panels
+
+
+def test_a_grids_legend_names_what_any_panel_holds(seeds, tmp_path, drawn):
+    """Runs that collect in two ways stand in one panel, and a third way in another."""
+    other = small_run(tmp_path / "lift-poco-posterior-s0", act="posterior")
+    qc = small_run(tmp_path / "can-qc-s0", task="can")
+    fill(other, 9)
+    qc.evaluation(0, "best", episodes([1]))
+    qc.evaluation(100, "best", episodes([1]))
+    draw_grid([*seeds, other.folder, qc.folder], tmp_path / "grid.png")
+    assert drawn[0].axes[0].get_title() == "lift (1 to 3 seeds)"
+    names = {text.get_text() for text in drawn[0].legends[0].get_texts()}
+    pairs = [(one, way) for one in ("policy", "posterior") for way in ("policy", "posterior")]
+    expected = {f"collects: {one}, evaluated: {way}" for one, way in pairs}
+    assert names == expected | {"evaluated: best"}
 
 
 # the command line
