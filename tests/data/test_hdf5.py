@@ -7,12 +7,12 @@ Not here: npz (test_npz.py), hostile files (test_hostile.py).
 
 import fcntl
 import json
-import resource
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz import peak_memory
 from recordings import WORLD, write_hdf5
 
 import demos
@@ -385,11 +385,6 @@ def test_a_text_that_claims_much_takes_no_memory(tmp_path):
     with pytest.raises(ValueError, match="a.hdf5: not a readable HDF5 file"):
         demos.load(path, "lift")
     assert peak_memory() - before < 300
-
-
-def peak_memory():
-    """The most memory, in MB, that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 # ---- files as others write them
