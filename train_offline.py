@@ -189,6 +189,7 @@ class Simulation:
     vla_head.py has another with the same members, for policies that see pictures.
     """
 
+    policy_class: type[nn.Module] = FlowPolicy  # examples/diffusion.py has another
     stage_one = "bc"  # stage I's name in run folders
     method = None  # stage II's, where it is not the agent's
 
@@ -227,7 +228,7 @@ class Simulation:
     def make_policy(self, device: torch.device, data: dict | None = None) -> nn.Module:
         """Build an untrained policy that standardises observations by the data's statistics."""
         args = self.args
-        policy = FlowPolicy(
+        policy = self.policy_class(
             self.obs_dim, self.action_dim, args.horizon, args.hidden, args.layers, args.flow_steps
         )
         if data is not None and len(data["obs"]) and args.normalize:
