@@ -261,13 +261,14 @@ def test_an_environment_that_is_not_a_function_of_its_seed_goes_on_with_another_
     resumed.step()
 
 
-def test_a_difference_that_shows_only_later_is_found_too(capfd):
+@pytest.mark.parametrize("where", ["first_obs", "obs"])
+def test_a_difference_in_the_first_or_the_last_observation_is_enough(where, capfd):
     runner = envs.ChunkRunner(envs.make_env(POINT), lambda obs: draw_actions(4, 2))
     runner.reset(5)
     for _ in range(5):
         runner.step()
     state = runner.state_dict()
-    state["obs"] = state["obs"] + np.float32(0.01)
+    state[where] = state[where] + np.float32(0.01)
     assert runner.load_state_dict(state) is False
     assert "another begins" in capfd.readouterr().err
 
