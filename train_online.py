@@ -572,7 +572,8 @@ def open_run(args, agent_class, simulation, device, data):
     name = run_name(args, agent_class, simulation)
     folder = Path(args.resume or args.run_dir or f"runs/{args.task}-{name}-s{args.seed}")
     columns = [*COLUMNS, *agent_class.stats, *(f"time/{phase}" for phase in PHASES)]
-    identity = {"demonstrations": demos.fingerprint(data)} | simulation.identity()
+    # a backbone comes before what it saw of the demonstrations
+    identity = simulation.identity() | {"demonstrations": demos.fingerprint(data)}
     if args.resume:
         book = Logbook.resume(folder, columns, task=args.task, method=name)
         refuse_other_identity(book, identity)

@@ -453,7 +453,7 @@ def test_lift_from_pictures_runs_and_resumes_exactly(run, monkeypatch, capsys):
     """12 steps and 12 resumed are bitwise 24 steps; a kill within stage I loses nothing."""
     run(f"{TOY} --run-dir whole --online-steps 24")
     text = capsys.readouterr().out
-    assert "'lift the red cube', 2 views drawn, backbone tiny" in text and "replay: 50" in text
+    assert "'lift the red cube', 2 views drawn, seen by tiny" in text and "replay: 50" in text
     assert os.path.isfile("whole/curve.png") and os.path.isfile("runs/lift-vla-bc-s0/last.pt")
     shutil.move("runs", "first")
 
