@@ -23,6 +23,7 @@ Shapes: A = 7 is shift xyz, turn xyz, gripper, each in [-1, 1]; H chunk, D obser
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -174,8 +175,8 @@ def train(args: Args) -> None:
             raise UserError(f"stopped: {error}. {book.last_good()}") from error
         finally:
             book.close()
-    evaluation = f"python robot.py eval --run-dir {folder} --task {args.task}"
-    print(f"{curve(folder)}; next: {evaluation}")
+    evaluation = ["python", "robot.py", "eval", "--run-dir", str(folder), "--task", args.task]
+    print(f"{curve(folder)}; next: {shlex.join(evaluation)}")
 
 
 def open_learner(args: Args, task):
