@@ -216,11 +216,11 @@ spread = (0.65**2 / 2 + toy.WIDTH**2) * torch.eye(2)  # the demonstrations' cova
 
 
 def mpo(mean, cov, eta=None, eps=None, limits=None):
-    """One MPO iteration with 128 x 64 particles, at a fixed eta or at the dual's."""
-    candidates = gaussian(mean, cov, 128 * 64).view(128, 64, 2)
+    """One MPO iteration with 1024 x 64 particles, at a fixed eta or at the dual's."""
+    candidates = gaussian(mean, cov, 1024 * 64).view(1024, 64, 2)
     q = toy.value(candidates)
     weights = posterior_weights(q, eta or eta_of_particles(q, eps))
-    flat, share = candidates.flatten(0, 1), weights.flatten() / 128
+    flat, share = candidates.flatten(0, 1), weights.flatten() / 1024
     if limits is None:
         return weighted_fit(flat, share)
     return decoupled(mean, cov, flat, share, *limits)
@@ -255,16 +255,17 @@ print(f"\n{'one iteration':30s} claimed    true  on-habit  outside the box")
 for row in rows:
     print("{name:30s} {claimed:7.2f} {true:7.2f} {on:9.2f} {out:9.2f}".format(**row))
 print()
+# Means of 12 seeds; the tolerance is three standard deviations of the noisiest row.
 expected = (
-    ("claimed", "claimed", (0.0, 2.21, 1.81, 1.02, 0.45, 2.73, 1.22), 0.06),
-    ("on", "near a habit", (0.61, 0.30, 0.43, 0.57, 0.59, 0.23, 0.99), 0.02),
+    ("claimed", "claimed", (0.0, 2.21, 1.82, 1.04, 0.46, 2.79, 1.22), 0.08),
+    ("on", "near a habit", (0.61, 0.30, 0.42, 0.56, 0.59, 0.22, 0.99), 0.03),
 )
 for column, words, numbers, tolerance in expected:
     for row, number in zip(rows, numbers):
         toy.expect(f"{row['name']}: {words}", row[column], number, tolerance, "20,000 actions")
 toy.expect("Gaussian clone: true", rows[0]["true"], -0.78, 0.03, "20,000 actions")
 toy.expect("MPO, exact E-step: true", rows[1]["true"], -1.03, 0.03, "20,000 actions")
-toy.expect("MPO, particles: outside the box", rows[2]["out"], 0.31, 0.02, "20,000 actions")
+toy.expect("MPO, particles: outside the box", rows[2]["out"], 0.325, 0.03, "20,000 actions")
 
 # %% [markdown]
 # MPO claims more, and it claims it by acting where nobody demonstrated. POCO's candidates come from
