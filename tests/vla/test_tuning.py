@@ -299,6 +299,6 @@ def test_a_checkpoint_is_cloned_tuned_and_goes_back_to_lerobot(family, tmp_path,
 
     with family.loading():
         vla_head.main(["--resume", "run", "--online-steps", "8"])
-        with pytest.raises(UserError, match="begun with other checkpoint_and_instruction"):
+        with pytest.raises(UserError, match="begun with another checkpoint_and_instruction"):
             vla_head.main(["--resume", "run", "--online-steps", "9", "--instruction", "drop it"])
     assert load_checkpoint("run/last.pt")["world"]["steps"] == 8

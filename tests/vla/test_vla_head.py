@@ -494,7 +494,7 @@ def test_lift_from_pictures_runs_and_resumes_exactly(run, monkeypatch, capsys):
 def test_a_run_is_resumed_only_with_its_own_backbone_and_instruction(run, tmp_path):
     run(f"{TOY} --run-dir part --online-steps 10")
     for other in ("--instruction lift_it", f"--backbone {tiny_backbone('other', seed=1)}"):
-        with pytest.raises(UserError, match="begun with other backbone_and_instruction"):
+        with pytest.raises(UserError, match="begun with another backbone_and_instruction"):
             run(f"--resume part --online-steps 12 {other}")
     run(f"--resume part --online-steps 12 --backbone {tiny_backbone('same')}")
     with pytest.raises(UserError, match="nowhere"):  # before anything is deleted
