@@ -267,6 +267,10 @@ SPOILERS = {
         lambda f: replace(f["data/demo_1"], "actions", h5py.ExternalLink(other_file(f), "/secret")),
         "'actions' lies in another file",
     ),
+    "a link to a file that is gone": (
+        lambda f: replace(f["data/demo_1"], "actions", h5py.ExternalLink("gone.hdf5", "/x")),
+        "'actions' lies in another file",
+    ),
     "a link to a demonstration elsewhere": (
         lambda f: replace(f["data"], "demo_1", h5py.ExternalLink(other_file(f), "/")),
         "'demo_1' lies in another file",
