@@ -137,7 +137,7 @@ def describe(
     lines = [
         f"{path}: {len(first)} demonstrations, {len(data['obs']):,} steps, {lengths.min()} to "
         f"{lengths.max()} long, {lengths.mean():.0f} on average",
-        f"{terminal} of {len(first)} {meaning}, the rest run out of time",
+        f"{terminal} of {len(first)} {meaning}, {len(first) - terminal} run out of time",
         f"observations {spread_of(data['obs'])}",
         f"actions {spread_of(data['action'])}",
         f"rewards {data['reward'].min():g} to {data['reward'].max():g}",
