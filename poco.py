@@ -10,7 +10,8 @@
 `policy` is anything with sample(context, n) and cfm_loss(context, actions, valid=None): a flow, a
 diffusion model or a VLA's action head plugs in unchanged. `q_fn(context, candidates)` returns
 (B, N). Needs torch, and matplotlib for the demo.
-Not here: the policy (flow_policy.py), the critic (chunk_critic.py), Algorithm 1 (train_online.py).
+Not here: the policy (flow_policy.py), the critic (chunk_critic.py), Algorithm 1 (train_online.py),
+exercises (course/).
 
 Why the E-step is a softmax (Eq. 25-30). For one state, let pi be the prior, Q the evidence and
 eta the temperature. Maximise over distributions r

@@ -10,6 +10,7 @@ curve.png. `python train_online.py` runs this stage by itself when it is given n
 Not here: reinforcement learning (train_online.py), where demonstrations come from (demos/).
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -221,8 +222,8 @@ class Simulation:
                 args.filter_key,
                 args.clip_actions,
             )
-            if self.recorded_world is not None:
-                self.make_env().close()  # refuses another simulator's file before stage I
+            with contextlib.closing(self.make_env()) as env:  # refuses another simulator's file
+                demos.refuse_implausible(path, data, env)
         return data
 
     def make_policy(self, device: torch.device, data: dict | None = None) -> nn.Module:

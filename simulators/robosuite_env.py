@@ -161,7 +161,9 @@ class DirectReader:
         self.joints = arm.qvel_index
         self.motors = robot._ref_actuators_indexes_dict["right"]
         self.low, self.high = self.model.actuator_ctrlrange[self.motors].T
-        self.jacobian = np.zeros((6, self.model.nv))
+        # Two arrays: half of one may lie between 16 bytes, where old SSE kernels round differently.
+        self.jacobian_pos = np.zeros((3, self.model.nv))
+        self.jacobian_ori = np.zeros((3, self.model.nv))
         self.inertia = np.zeros((self.model.nv, self.model.nv))
         self.still = np.zeros(3)
         self.update_by_name = arm.update
@@ -177,16 +179,16 @@ class DirectReader:
         data = self.data
         if force or not arm.new_update:
             return self.update_by_name(force)
-        jacobian = self.jacobian
-        mujoco.mj_jacSite(self.model, data, jacobian[:3], jacobian[3:], self.site)
+        mujoco.mj_jacSite(self.model, data, self.jacobian_pos, self.jacobian_ori, self.site)
         mujoco.mj_fullM(self.model, self.inertia, data.qM)
         arm.ref_pos[:] = data.site_xpos[self.site]
         arm.ref_ori_mat[:] = data.site_xmat[self.site].reshape(3, 3)
-        arm.ref_pos_vel[:] = np.dot(jacobian[:3], data.qvel)
-        arm.ref_ori_vel[:] = np.dot(jacobian[3:], data.qvel)
-        arm.J_full[:] = jacobian[:, self.joints]
-        arm.J_pos[:] = arm.J_full[:3]
-        arm.J_ori[:] = arm.J_full[3:]
+        arm.ref_pos_vel[:] = np.dot(self.jacobian_pos, data.qvel)
+        arm.ref_ori_vel[:] = np.dot(self.jacobian_ori, data.qvel)
+        arm.J_pos[:] = self.jacobian_pos[:, self.joints]
+        arm.J_ori[:] = self.jacobian_ori[:, self.joints]
+        arm.J_full[:3] = arm.J_pos
+        arm.J_full[3:] = arm.J_ori
         arm.joint_pos = data.qpos[arm.qpos_index]
         arm.joint_vel = data.qvel[self.joints]
         arm.mass_matrix = self.inertia[self.joints][:, self.joints]
