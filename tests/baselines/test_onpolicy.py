@@ -21,7 +21,7 @@ import demos
 import envs
 import train_offline
 from baselines import dppo, ppo, reinflow
-from benchmarks import compare
+from benchmarks import compare, fairness, jobs
 from flow_policy import FlowPolicy
 from logbook import Clock, Interrupt, UserError, load_checkpoint
 from train_offline import Acting
@@ -625,19 +625,8 @@ def test_a_run_is_logged_evaluated_and_compared_like_the_others(
     start_of_runs, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    compare.main(
-        [
-            "--task",
-            "lift",
-            "--methods",
-            "dppo",
-            "--seeds",
-            "1",
-            "--online-steps",
-            "44",
-            *start_of_runs,
-        ]
-    )
+    command = ["--tasks", "lift", "--methods", "dppo", "--seeds", "1", "--online-steps", "44"]
+    compare.main([*command, *start_of_runs])
     assert "| dppo | policy | 1 |" in capsys.readouterr().out
     with open("runs/lift-dppo-s0/progress.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -662,8 +651,5 @@ def test_no_preset_hands_pocos_clip_to_ppo(name, preset):
 @pytest.mark.parametrize("name", METHODS)
 def test_what_must_be_equal_in_a_comparison_is_a_flag_of_both_methods(name):
     fields = {field.name for field in dataclasses.fields(METHODS[name][0].Args)}
-    assert set(compare.SHARED) <= fields and compare.METHODS[name] == (
-        f"baselines.{name}",
-        [],
-        "policy",
-    )
+    assert set(fairness.SHARED) <= fields
+    assert jobs.METHODS[name] == (f"baselines.{name}", (), "policy")
