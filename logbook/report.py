@@ -93,6 +93,8 @@ class Report:
             self.row_seconds[name] = _number(state["row_seconds"][name], least=0.0)
         self.sums = {}
         for name, (total, count) in state["sums"].items():
+            if name not in self.book.columns:
+                raise ValueError(f"{name!r:.80} is no column of progress.csv")
             float(total)  # a number, or a tensor of one
             self.sums[name] = (total, max(_whole(count), 1))
 

@@ -305,3 +305,27 @@ def test_a_run_with_a_reader_prints_all_of_it(tmp_path):
     assert run.returncode == 0 and len(lines) == 102
     assert lines[-2:] == ["umlaut \u00e4, half a pair \\ud800", "a child"]
     assert err.decode() == "to the other stream\n" * 100
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sums": {7: (0.5, 1)}},
+        {"sums": {"lost": (0.5, 1)}},
+        {"sums": {"loss": ("a", 1)}},
+        {"sums": {"loss": (0.5, -1)}},
+        {"updates": True},
+        {"updates": -1},
+        {"best": float("nan")},
+        {"seconds": {"env": float("inf")}},
+        {"seconds": {}},
+        {"row_step": 1.5},
+    ],
+)
+def test_a_report_refuses_a_state_it_cannot_have_written(tmp_path, change):
+    book = Logbook.create(tmp_path / "run", {}, ["loss", "time/env"])
+    report = Report(book, Clock(), ("env",))
+    state = report.state_dict()
+    report.load_state_dict(state)
+    with pytest.raises((KeyError, ValueError)):
+        report.load_state_dict(state | change)
