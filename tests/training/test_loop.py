@@ -300,10 +300,8 @@ def test_stage_one_masks_what_is_missing_and_has_its_own_rate(monkeypatch):
 
 def test_a_resumed_report_counts_on_and_its_row_holds_the_time_before_the_interruption():
     rows, clock = [], Clock()
-    one, other = (
-        Report(SimpleNamespace(log=lambda step, **row: rows.append(row)), clock, ("env",))
-        for _ in range(2)
-    )
+    book = SimpleNamespace(columns=["q"], log=lambda step, **row: rows.append(row))
+    one, other = (Report(book, clock, ("env",)) for _ in range(2))
     one.add({"q": torch.tensor(1.0)})
     one.best = 0.5
     one.seconds["env"] = 7.0
