@@ -212,13 +212,19 @@ class ChunkReplay:
             raise ValueError(
                 f"a replay of capacity {state['capacity']} does not fit one of {self.capacity}"
             )
-        for name, value in state["data"].items():
-            if value.shape[1:] != self.data[name].shape[1:]:
+        counts = {name: state[name] for name in ("demos", "online", "pointer", "tail")}
+        for name, count in counts.items():
+            if type(count) is not int or not 0 <= count <= self.capacity:
+                raise ValueError(f"a replay's {name} is a count up to {self.capacity}, got {count}")
+        filled = state["demos"] + state["online"]
+        for name in FIELDS:
+            value = state["data"][name]
+            expected = (filled, *self.data[name].shape[1:])
+            if value.shape != expected:
                 raise ValueError(
-                    f"replay field '{name}' has shape {tuple(value.shape[1:])}, "
-                    f"expected {tuple(self.data[name].shape[1:])}"
+                    f"replay field '{name}' has shape {tuple(value.shape)}, expected {expected}"
                 )
-            self.data[name][: len(value)] = value.to(self.device)
+            self.data[name][:filled] = value.to(self.device)
         self.demos = state["demos"]
         self.online = state["online"]
         self.pointer = state["pointer"]

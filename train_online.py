@@ -406,8 +406,8 @@ class Interaction:
             raise UserError(
                 f"the episode being played is longer than --episode-limit {self.args.episode_limit}"
             )
-        self.steps = state["steps"]
-        self.episodes = state["episodes"]
+        self.steps = int(state["steps"])
+        self.episodes = int(state["episodes"])
         self.recent = state["recent"]
         self.act_rng.bit_generator.state = state["act_rng"]
         self.episode_rng.bit_generator.state = state["episode_rng"]
@@ -560,11 +560,11 @@ def main(
             else:
                 run.load(state)
             finished = train(run, evaluator, clock, interrupt)
-    if finished:
-        print(f"done: {curve(book.folder)}")
-        if args.video:
-            video(simulation, agent.acting(agent.modes[0]), book.folder)
-    book.close()
+        if finished:  # still with Interrupt: a late signal must not fail a finished run
+            print(f"done: {curve(book.folder)}")
+            if args.video:
+                video(simulation, agent.acting(agent.modes[0]), book.folder)
+        book.close()
 
 
 def open_run(args, agent_class, simulation, device, data):

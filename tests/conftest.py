@@ -1,4 +1,5 @@
-"""Shared by all tests: project files on the path, one thread, no display, repeatable hypothesis runs in CI."""
+"""Shared by all tests: the project on the path, one thread, no display, repeatable examples."""
+
 import os
 import re
 import sys
@@ -16,16 +17,24 @@ from hypothesis import Phase, settings  # noqa: E402
 torch.set_num_threads(1)
 settings.register_profile("dev", deadline=None, print_blob=True)
 settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
-settings.register_profile("mutants", deadline=None, derandomize=True, max_examples=20, database=None,
-                          phases=(Phase.explicit, Phase.generate))              # a failure need not be shrunk
+settings.register_profile(
+    "mutants",
+    deadline=None,
+    derandomize=True,
+    max_examples=20,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),
+)  # a failure need not be shrunk
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
-REPEATED = []                                                                     # attempts that failed in real time
+REPEATED = []  # attempts that failed in real time
 
 
 def pytest_itemcollected(item):
     """`pytest -k eq17` selects the tests whose docstring cites Eq. 17."""
-    for cited in re.findall(r"Eq\. ([0-9, =Eq.-]+)", getattr(getattr(item, "obj", None), "__doc__", None) or ""):
+    for cited in re.findall(
+        r"Eq\. ([0-9, =Eq.-]+)", getattr(getattr(item, "obj", None), "__doc__", None) or ""
+    ):
         item.extra_keyword_matches.update(f"eq{number}" for number in re.findall(r"\d+", cited))
 
 
@@ -37,7 +46,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item, nextitem):
-    """An arm that hears nothing for 100 ms must hold, also where the machine stalled: then the test runs again."""
+    """Run a test of real time again: an arm must hold where the machine itself stalled."""
     if item.get_closest_marker("realtime") is None:
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -46,7 +55,7 @@ def pytest_runtest_protocol(item, nextitem):
         if not any(report.failed for report in reports):
             break
         REPEATED.append(item.name)
-        item._initrequest()                                                       # new fixtures
+        item._initrequest()  # new fixtures
         reports = runtestprotocol(item, log=False, nextitem=nextitem)
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
@@ -55,16 +64,32 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Which VLA adapters were really run, whether Ray was, and what ran again: all of it is easily overlooked."""
+    """Say which adapters really ran, whether Ray did, and what ran again: easily overlooked."""
     if REPEATED:
         terminalreporter.write_line(f"failed in real time and ran again: {', '.join(REPEATED)}")
-    if any("test_distributed_ray" in one.nodeid for one in terminalreporter.stats.get("skipped", [])):
-        terminalreporter.write_line("Ray is not installed, so distributed/ was tested without: pip install ray==2.60.0")
-    reports = {kind: [one.nodeid for one in terminalreporter.stats.get(kind, []) if "test_adapters" in one.nodeid]
-               for kind in ("passed", "failed", "skipped")}
-    ran = [name for name in ("pi05", "smolvla", "groot") if any(name in one for one in
-                                                                 reports["passed"] + reports["failed"])]
+    if any(
+        "test_distributed_ray" in one.nodeid for one in terminalreporter.stats.get("skipped", [])
+    ):
+        terminalreporter.write_line(
+            "Ray is not installed, so distributed/ was tested without: pip install ray==2.60.0"
+        )
+    reports = {
+        kind: [
+            one.nodeid
+            for one in terminalreporter.stats.get(kind, [])
+            if "test_adapters" in one.nodeid
+        ]
+        for kind in ("passed", "failed", "skipped")
+    }
+    ran = [
+        name
+        for name in ("pi05", "smolvla", "groot")
+        if any(name in one for one in reports["passed"] + reports["failed"])
+    ]
     if ran or reports["skipped"]:
         from lerobot_here import missing
+
         why = f"; not installed: {', '.join(missing())}" if missing() else ""
-        terminalreporter.write_line(f"VLA adapters run on the library's own classes: {', '.join(ran) or 'none'}{why}")
+        terminalreporter.write_line(
+            f"VLA adapters run on the library's own classes: {', '.join(ran) or 'none'}{why}"
+        )

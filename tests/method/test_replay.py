@@ -385,3 +385,20 @@ def test_a_share_of_every_batch_comes_from_the_demonstrations(demos, online, bat
     assert (
         seen == {0.0} if share == 1 else seen - {0.0} == {1.0 + step for step in range(online - 3)}
     )
+
+
+@pytest.mark.parametrize("name", ["demos", "online", "pointer", "tail"])
+@pytest.mark.parametrize("value", [-1, 10**9, 1.0, True, "1", None])
+def test_altered_counts_of_a_saved_replay_are_refused(name, value):
+    replay = build(2, 5, 3, 1.0, 0.2, 0)[0]
+    state = replay.state_dict() | {name: value}
+    with pytest.raises(ValueError, match=f"a replay's {name} is a count"):
+        replay.load_state_dict(state)
+
+
+def test_missing_rows_of_a_saved_replay_are_refused():
+    replay = build(2, 5, 3, 1.0, 0.2, 0)[0]
+    state = replay.state_dict()
+    state["data"]["reward"] = state["data"]["reward"][:-1]
+    with pytest.raises(ValueError, match="replay field 'reward' has shape"):
+        replay.load_state_dict(state)
