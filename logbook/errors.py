@@ -77,7 +77,7 @@ def check_end(folder: str | Path, step: int, args: Any, name: str = "online_step
 
     args.json would otherwise claim a shorter run than the rows show.
     """
-    if step > getattr(args, name):
+    if step > vars(args)[name]:
         flag = name.replace("_", "-")
         raise UserError(f"{folder} has {step} steps already: --{flag} must be at least that")
 
