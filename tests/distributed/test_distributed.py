@@ -161,7 +161,7 @@ def test_a_mistake_is_one_line(command, found):
         ("reinflow", [], "no --rollouts"),
         ("dsrl", ["--variant", "dsrl-sac"], "learns from the noise"),
         ("dsrl", ["--setting", "online"], "it needs stage I"),
-        ("ogpo", ["--chi2", "1", "--heads", "1"], "--heads of at least 2"),
+        ("ogpo", ["--group", "1"], "at least 2 chains"),
     ],
 )
 def test_methods_refuse_what_they_cannot_do_before_anything_runs(tmp_path, method, flags, found):

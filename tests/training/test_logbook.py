@@ -306,7 +306,7 @@ CHANGES = [
     ("50,0.05,,\n", "\n", "line 6 .*1 cells under 4 columns"),
     ("50,0.05,,\n", "50,0.05,,", "line 6 .*7 cells under 4 columns"),
     ("50,", "-50,", "line 6 .*'-50' is no whole number"),
-    ("50,", "٥0,", "line 6 .* is no whole number"),
+    ("50,", "\u06650,", "line 6 .* is no whole number"),
     ("50,", "nan,", "line 6 .*'nan' is no whole number"),
     ("0.05,", "0." + "0" * 200_000 + "5,", "line 6 .*a cell of 200003 characters"),
     ("60,0.06", "50,0.06", "line 7 .*another row of 50 precedes it"),
