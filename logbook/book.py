@@ -28,7 +28,7 @@ from .events import Board
 from .tables import EVAL_COLUMNS, read_table, write_rows
 
 CHECKPOINTS = ("last.pt", "best.pt")
-RUN_FILES = ("args.json", "progress.csv", "eval.csv", *CHECKPOINTS, "curve.png")
+RUN_FILES = ("args.json", "progress.csv", "eval.csv", *CHECKPOINTS, "curve.png", "policy.mp4")
 
 
 class Logbook:

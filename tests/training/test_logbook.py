@@ -53,7 +53,9 @@ def test_create_refuses_an_existing_run_and_overwrite_replaces_only_its_files(bo
     for word in (str(book.folder), "--resume", "--overwrite", "--run-dir"):
         assert word in str(refusal.value)
     assert len(rows(book.folder / "progress.csv")) == 2
+    (book.folder / "policy.mp4").write_bytes(b"of the run before")
     Logbook.create(book.folder, ARGS, COLUMNS, overwrite=True)
+    assert not (book.folder / "policy.mp4").exists()
     names = sorted(path.name for path in book.folder.iterdir())
     assert names == [".lock", "args.json", "eval.csv", "notes.txt", "progress.csv"]
     assert len(rows(book.folder / "progress.csv")) == 1
