@@ -202,6 +202,7 @@ def test_no_key_suspends_or_kills_the_program_while_the_arm_is_under_power():
     """What Ctrl-Z and Ctrl-\\ send, in a process group where a suspension would work."""
     code = (
         "import os, signal\nfrom arms.rig import session\nfrom arms.settings import parse_args\n"
+        "for number in (signal.SIGTSTP, signal.SIGQUIT): signal.signal(number, signal.SIG_DFL)\n"
         f"with session(parse_args(['record', *{TOY!r}])):\n"
         "    for number in (signal.SIGTSTP, signal.SIGQUIT): os.kill(os.getpid(), number)\n"
         "handlers = [signal.getsignal(one) for one in (signal.SIGTSTP, signal.SIGQUIT)]\n"
