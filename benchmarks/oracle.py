@@ -1,6 +1,6 @@
 """Where success is lost: the true value of candidate chunks, rolled out in the simulator.
 
-    python -m benchmarks.oracle runs/can-poco-s0                    # about 10 minutes on one core
+    python -m benchmarks.oracle runs/can-poco-s0                    # 5 to 10 minutes on one core
     python -m benchmarks.oracle runs/can-poco-s* --states 40        # seeds of a task, one figure
     python -m benchmarks.oracle runs/can-poco-s0 --states 8 --candidates 8 --repeats 2   # a look
 
@@ -86,6 +86,7 @@ class Judge(NamedTuple):
     temperature: float
     discount: float
     reward_offset: float
+    step: int  # of the checkpoint
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -101,8 +102,10 @@ def load_run(folder: Path, checkpoint: str) -> tuple[Judge, Simulation]:
     args = parse(module.Args, ["--eval", str(folder)])
     simulation = Simulation(args)
     agent = vars(module)[name](args, simulation.make_policy(torch.device("cpu")), Clock())
+    state = load_checkpoint(folder / checkpoint)
     with must_fit(folder):
-        agent.load_state_dict(load_checkpoint(folder / checkpoint)["agent"])
+        agent.load_state_dict(state["agent"])
+        step = int(state["world"]["steps"])
     temperature = args.temperature if method == "poco" else 1e-6  # QC takes the best
     judge = Judge(
         agent.actor,
@@ -111,6 +114,7 @@ def load_run(folder: Path, checkpoint: str) -> tuple[Judge, Simulation]:
         temperature,
         args.discount,
         args.reward_offset,
+        step,
     )
     return judge, simulation
 
@@ -273,7 +277,7 @@ def measure_run(folder: Path, args: Args) -> None:
     """Measure the states of a run that RUN/oracle.csv does not hold yet."""
     judge, simulation = load_run(folder, args.checkpoint)
     settings = dataclasses.asdict(args) | {"task": simulation.args.task}
-    settings |= {"temperature": judge.temperature}
+    settings |= {"temperature": judge.temperature, "step": judge.step}
     del settings["runs"], settings["out"]
     rows = rows_so_far(folder, settings)
     done = {int(row["state"]) for row in rows}

@@ -304,7 +304,14 @@ def draw_outcomes(axes: Any, measured: Measured) -> None:
     axes.set_ylabel("states (%)")
     axes.set_ylim(0, 100)
     axes.set_title("What the policy offers", fontsize=11)
-    axes.legend(frameon=True, fontsize=9)
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        ncols=3,
+        columnspacing=1,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+    )
 
 
 def draw_ranking(axes: Any, measured: Measured) -> None:

@@ -61,10 +61,10 @@ class Opinion(nn.Module):
         return torch.stack([self.sign * chunks[..., 0, 0]] * 2)
 
 
-def judge_of(sign=1.0, temperature=1e-6, discount=0.5, reward_offset=0.0):
+def judge_of(sign=1.0, temperature=1e-6, discount=0.5, reward_offset=0.0, step=100):
     torch.manual_seed(0)
     policy = FlowPolicy(3, 1, HORIZON, hidden=8, layers=1, flow_steps=2)
-    return Judge(policy, Opinion(sign), 0.0, temperature, discount, reward_offset)
+    return Judge(policy, Opinion(sign), 0.0, temperature, discount, reward_offset, step)
 
 
 def start(seed=5):
@@ -291,6 +291,10 @@ def test_an_interrupted_measurement_is_continued_and_ends_the_same(run, tmp_path
     assert sorted((run / "oracle.csv").read_text().splitlines()) == sorted(whole.splitlines())
     with pytest.raises(UserError, match="was measured with candidates 4, not 8"):
         oracle.main([*argv, "--candidates", "8"])
+    simulation = oracle.load_run(run, "last.pt")[1]
+    monkeypatch.setattr(oracle, "load_run", lambda *_: (judge_of(step=200), simulation))
+    with pytest.raises(UserError, match="was measured with step 100, not 200"):  # trained on
+        oracle.main(argv)
 
 
 def test_the_table_has_a_column_per_phase(run, tmp_path, capsys):
