@@ -1,6 +1,6 @@
 """Does the policy do as it is told? Two instructions, one scene and one head (Sec. V-F).
 
-    python -m benchmarks.instructions --seed 0    # trains, then tells right and wrong: 35 minutes
+    python -m benchmarks.instructions --seed 0    # trains, then tells right and wrong: 20 minutes
     python -m benchmarks.instructions --resume runs/lift-vla-two-s0
 
 The scene is Lift's. An episode asks either to lift the cube or to push it to the left; its seed
