@@ -63,9 +63,7 @@ class Args:
     """What stage I can be asked."""
 
     task: str = "lift"  # of the table, or a gymnasium id: Reacher-v5, my_module:MyEnv-v0
-    preset: Literal["auto", "cpu", "paper"] = (
-        "auto"  # paper: Tables II/III; cpu: minutes on a laptop
-    )
+    preset: Literal["auto", "cpu", "paper"] = "auto"  # paper: Tables II/III; cpu: minutes
     seed: Seed = 0  # of demonstrations, networks, batches and training episodes
     data: str | None = None  # demonstrations: npz, HDF5 or minari:ID; default: made or downloaded
     demo_episodes: CountOrZero = 20  # how many to make, or to use of the file; 0: from scratch

@@ -494,10 +494,10 @@ def train(run: Run, evaluator: envs.Evaluator, clock: Clock, interrupt: Interrup
                 ) from error
             step = world.steps
             last = step == args.online_steps
-            stop = interrupt.stop  # read once: a signal may arrive at any moment
             if arrived:
                 bar.update(step, report.updates, world.success())
                 evaluate_and_log(run, evaluator, clock, bar, warmup)
+            stop = interrupt.stop  # read once: a signal may arrive at any moment
             if (arrived and step % args.save_every == 0) or last or stop:
                 run.save("last.pt")
             if stop and not last:

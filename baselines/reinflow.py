@@ -37,8 +37,8 @@ from . import ppo
 class Args(ppo.Args):
     """What ReinFlow can be asked."""
 
-    min_std: Positive = 0.08  # bounds of the noise in every flow step
-    max_std: Positive = 0.14
+    min_std: Positive = 0.08  # least deviation of the noise in every flow step
+    max_std: Positive = 0.14  # largest
     entropy: NonNegative = 0.01  # weight of the noise's entropy
 
 

@@ -40,8 +40,8 @@ from demos.columns import (
     same_length,
     within_limits,
 )
-from demos.files import replacing
 from envs import TASKS, Task, get_task
+from logbook import replacing
 
 KIND = "a readable HDF5 file"
 HEAP = b"GCOL\x01\0\0\0"
@@ -85,7 +85,8 @@ def building(path: Path) -> Iterator[Any]:
         yield file
         file.flush()
         image = file.id.get_file_image()
-    with replacing(path) as handle:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, shared=True) as handle:
         handle.write(image)
 
 

@@ -28,14 +28,17 @@ VERSION = 2  # of a checkpoint: raise it when old ones are of no use
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+def replacing(path: str | Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """Open a file that takes the place of `path` once it is complete and on the disk.
 
-    On failure `path` stays as it was.
+    On failure `path` stays as it was. shared: several processes may write it at once, so each has
+    a temporary file of its own.
     """
     path = Path(path)
     # One fixed name: the next save overwrites what a killed process left, so nothing piles up.
     temporary = path.with_name(f".{path.name}.tmp")
+    if shared:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
             yield file

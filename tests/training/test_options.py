@@ -3,9 +3,12 @@
 python -m pytest tests/training/test_options.py      # 3 s
 """
 
+import ast
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -22,6 +25,8 @@ from logbook.options import (
     check_limits,
     stored_values,
 )
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass
@@ -99,3 +104,43 @@ def test_a_stored_number_that_no_machine_can_count_is_refused_too(tmp_path):
 def test_what_was_stored_is_read_back(tmp_path):
     values = dataclasses.asdict(Numbers(count=7, demo_share=0.5))
     assert Numbers(**stored(tmp_path, **values)) == Numbers(count=7, demo_share=0.5)
+
+
+def fields_of(path):
+    """Yield the fields of a file's dataclasses of arguments: name, and its own source lines."""
+    text = path.read_text()
+    for node in ast.parse(text).body:
+        if not isinstance(node, ast.ClassDef) or not node.name.endswith("Args"):
+            continue
+        for field in node.body:
+            if not isinstance(field, ast.AnnAssign) or "ClassVar" in ast.unparse(field.annotation):
+                continue
+            yield field.target.id, text.splitlines()[field.lineno - 1 : field.end_lineno]
+
+
+SCRIPTS = (
+    "train_offline",
+    "train_online",
+    "vla_head",
+    "arms/settings",
+    "demos/__main__",
+    "baselines/qc",
+    "baselines/fql",
+    "baselines/rlpd",
+    "baselines/dsrl",
+    "baselines/ogpo",
+    "baselines/ppo",
+    "baselines/dppo",
+    "baselines/reinflow",
+)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_has_a_help_text_where_the_parser_finds_it(name):
+    """It is the trailing comment: inside parentheses, where a formatter may move it, it is lost."""
+    fields = dict(fields_of(ROOT / f"{name}.py"))
+    assert fields
+    for field, lines in fields.items():
+        if field == "role":  # positional, explained by its choices
+            continue
+        assert len(lines) == 1 and re.search(r"  # \S", lines[0]), field
